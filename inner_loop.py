@@ -1,0 +1,73 @@
+"""The inner loop: meta-SGD (Li et al., arXiv 1707.03835) takes the anchor theta to one image's weights phi in k steps.
+
+    phi_0 = theta,   phi_{j+1} = phi_j - alpha_j * grad L(phi_j),   j = 0 .. k-1
+
+alpha_j holds a learned step size for every weight, one set for each step or one for all (`shared`). L is the image's
+reconstruction loss over all its pixels, or over a share s of them drawn anew at each step (`fraction`).
+
+    inner_loop = MetaSGD(siren, steps=6)
+    phi = inner_loop(siren, coords, values)                        # coords (P, 2), values (N, P, 3)
+"""
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+def draw_pixels(steps: int, images: int, pixels: int, fraction: float, generator: torch.Generator | None = None,
+                device: torch.device | str = "cpu") -> Tensor:
+    """floor(fraction * pixels) distinct pixel numbers for each step and image: (steps, images, count), int64."""
+    count = int(fraction * pixels + 1e-9)                          # 0.29 * 100 is 28.999...96 in floating point
+    if not 1 <= count <= pixels:
+        raise ValueError(f"a fraction of {fraction} of {pixels} pixels is {count} pixels")
+    # The largest `count` of iid uniform keys are a uniform draw without replacement.
+    return torch.stack([torch.rand(images, pixels, generator=generator, device=device).topk(count, sorted=False).indices
+                        for _ in range(steps)])
+
+
+def take_pixels(coords: Tensor, values: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of coords (P, in) and values (N, P, C) that pixels (N, n) number -> (N, n, in), (N, n, C)."""
+    return coords[pixels], values.gather(1, pixels.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+class MetaSGD(nn.Module):
+    """Parameters: step sizes first (k or 1, width, in + 1) and hidden (k or 1, depth, width, width + 1), from U(0.1, 1)."""
+
+    def __init__(self, siren, steps: int = 6, shared: bool = False):
+        super().__init__()
+        self.steps, self.shared = steps, shared
+        for name, weight in siren.anchor()._asdict().items():
+            alpha = torch.empty(1 if shared else steps, *weight.shape, dtype=weight.dtype).uniform_(0.1, 1)
+            self.register_parameter(name, nn.Parameter(alpha))
+
+    def forward(self, siren, coords: Tensor, values: Tensor, steps: int | None = None, fraction: float = 1.0,
+                pixels: Tensor | None = None):
+        """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at coords (P, in).
+
+        pixels (steps, N, n), as from `draw_pixels`, says which pixels each step looks at; without it a fraction below 1
+        draws them here. More steps than k need shared step sizes: ValueError.
+        """
+        steps = self.steps if steps is None else steps
+        if steps > self.steps and not self.shared:
+            raise ValueError(f"{steps} steps, but step sizes for {self.steps}: more needs shared=True")
+        if pixels is None and fraction < 1:
+            pixels = draw_pixels(steps, *values.shape[:2], fraction, device=values.device)
+        phi = siren.anchor()
+        alphas = [getattr(self, name) for name in phi._fields]
+        for j in range(steps):
+            seen = (coords, values) if pixels is None else take_pixels(coords, values, pixels[j])
+            _, grad = siren.loss_and_grad(*seen, phi)
+            phi = phi._make(w - alpha[0 if self.shared else j] * g for w, alpha, g in zip(phi, alphas, grad))
+        return phi
+
+
+def textbook_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
+    """What `Siren.loss_and_grad` returns, by autograd through `siren.forward`: the same numbers at two to three times the
+    cost, and no torch.compile. For networks without a closed form, and the oracle of the tests. To use it in a class of
+    your own: `loss_and_grad = textbook_loss_and_grad`."""
+    second_order = torch.is_grad_enabled()
+    with torch.enable_grad():
+        batch = [w.expand(len(values), *w.shape) if w.dim() == a.dim() else w for w, a in zip(weights, siren.anchor())]
+        batch = [w if w.requires_grad else w.detach().requires_grad_() for w in batch]
+        weights = weights._make(batch)
+        loss = (siren(coords, weights) - values).square().mean((-2, -1))
+        return loss, weights._make(torch.autograd.grad(loss.sum(), weights, create_graph=second_order))

@@ -1,0 +1,90 @@
+"""The anchor: a SIREN (Sitzmann et al., NeurIPS 2020) whose weights are an argument.
+
+One set of meta-learned weights theta, the anchor, is shared by all images; the inner loop moves it to the weights phi of
+one image. With coordinates x, a layer's weight matrix W and its bias b kept as W's last column (the augmented weight):
+
+    a_0 = sin(omega (W_0 x + b_0)),   a_l = sin(W_l a_{l-1} + b_l),   f(x) = scale * (V a_depth + c)
+
+The head (V, c) and the scale are shared by all images; the inner loop leaves them alone. `Siren.loss_and_grad` is the
+gradient of the reconstruction loss with respect to the weights in closed form. It calls no autograd itself, so that
+autograd can differentiate through it in one first-order pass.
+
+    siren = Siren(in_features=2, out_features=3)
+    pixels = siren(coordinate_grid(32, 32), siren.anchor())       # (1024, 3)
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """One SIREN's layers, or a batch of them (leading dimensions). The row of a neuron: its incoming weights, its bias."""
+    first: Tensor   # (..., width, in_features + 1)
+    hidden: Tensor  # (..., depth, width, width + 1)
+
+
+def coordinate_grid(height: int, width: int) -> Tensor:
+    """Pixel coordinates (height * width, 2): rows (y, x) from -1 to 1, row-major."""
+    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).view(-1, 2)
+
+
+def affine(a: Tensor, weight: Tensor) -> Tensor:
+    """W a + b for points a (..., P, in) and an augmented weight (..., out, in + 1) -> (..., P, out)."""
+    return a @ weight[..., :-1].mT + weight[..., None, :, -1]
+
+
+class Siren(nn.Module):
+    """Parameters: first (width, in_features + 1), hidden (depth, width, width + 1), head (nn.Linear), scale (out_features,)."""
+
+    def __init__(self, in_features: int = 2, out_features: int = 3, width: int = 128, depth: int = 4, omega: float = 10.0):
+        super().__init__()
+        self.omega = omega
+        self.first = nn.Parameter(torch.zeros(width, in_features + 1))
+        self.hidden = nn.Parameter(torch.zeros(depth, width, width + 1))
+        self.head = nn.Linear(width, out_features)
+        self.scale = nn.Parameter(torch.full((out_features,), 0.1))
+        nn.init.uniform_(self.first[:, :-1], -1 / in_features, 1 / in_features)
+        nn.init.uniform_(self.hidden[..., :-1], -math.sqrt(6 / width), math.sqrt(6 / width))
+
+    def anchor(self) -> Weights:
+        """theta, without a leading dimension: it broadcasts over images."""
+        return Weights(self.first, self.hidden)
+
+    def layers(self, weights: Weights) -> list[tuple[Tensor, float]]:
+        """The augmented weight (..., width, in + 1) and the frequency of each sine layer, input to output."""
+        return [(weights.first, self.omega)] + [(weight, 1.0) for weight in weights.hidden.unbind(-3)]
+
+    def forward(self, coords: Tensor, weights: Weights) -> Tensor:
+        """Values (N, P, out_features) at coords (P, in_features), or (N, P, in_features) for points of each image's own."""
+        a = coords
+        for weight, omega in self.layers(weights):
+            a = torch.sin(omega * affine(a, weight))       # (N, P, width)
+        return self.scale * self.head(a)
+
+    def loss_and_grad(self, coords: Tensor, values: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+        """Each image's loss, the mean squared error over pixels and channels, and its gradient with respect to `weights`.
+
+        coords (P, in_features) or (N, P, in_features), values (N, P, out_features), weights with or without the leading N.
+        Returns loss (N,) and Weights with the leading N. Back-propagation written out: with z the pre-activation of a
+        layer and d = dL/dz, dL/dW = d^T a for the layer's input a, dL/db = sum of d, and one layer down d <- (d W) * da/dz.
+        Weights without the leading dimension (all images at the anchor) are pushed forward once for the whole batch.
+        """
+        a, inputs, slopes = coords, [], []
+        for weight, omega in self.layers(weights):
+            z = omega * affine(a, weight)                  # (N, P, width)
+            inputs.append(a)
+            slopes.append(omega * torch.cos(z))            # da/dz of the affine part z / omega
+            a = torch.sin(z)
+        error = self.scale * self.head(a) - values         # (N, P, out)
+        loss = error.square().mean((-2, -1))               # (N,)
+        d = (2 / error[0].numel()) * (error * self.scale) @ self.head.weight      # dL/da (N, P, width)
+        grads = []
+        for (weight, _), a, slope in zip(reversed(self.layers(weights)), reversed(inputs), reversed(slopes)):
+            d = d * slope                                  # dL/dz (N, P, width)
+            grads.append(torch.cat([d.mT @ a, d.sum(-2).unsqueeze(-1)], dim=-1))  # (N, width, in + 1)
+            d = d @ weight[..., :-1]                       # dL/da one layer down
+        return loss, Weights(grads[-1], torch.stack(grads[-2::-1], dim=-3))

@@ -1,0 +1,987 @@
+"""Trains a SIREN initialisation, its inner-loop step sizes and a Transformer reader end to end, to classify images from the
+weights of their INRs (Gielisse & van Gemert, "End-to-End Implicit Neural Representations for Classification", CVPR 2025).
+
+    python train.py                                              # 8x8 digits, embedded: under two minutes on two CPU cores
+    python train.py --dataset cifar10                            # the paper's MWT; downloads the data
+    python train.py --dataset cifar10 --w-task 0                 # WT: the class loss does not reach the INR
+    torchrun --nproc_per_node=4 train.py --dataset path/to/imagenette --width 256
+    python train.py --resume --out out.pt                        # go on after a crash, a kill or Ctrl-C
+    python train.py --eval-only --ckpt out.pt
+
+Sections, top to bottom: settings, data, augmentation, model, checkpoints, evaluation, outer loop, report, command line.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from inner_loop import MetaSGD, draw_pixels, take_pixels
+from reader import Reader
+from siren import Siren, Weights, coordinate_grid
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Settings
+# ------------------------------------------------------------------------------------------------------------------------
+
+# The paper's recipe for CIFAR-10, MNIST and Fashion-MNIST, then what differs elsewhere. An explicit flag always wins.
+RECIPE = dict(
+    dataset="digits", data_root="data", train_size=None, test_size=None, val=0.0, augment=False,
+    width=128, depth=4, omega=10.0, steps=6, steps_test=None, shared_lr=False, fraction=1.0,
+    reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0,
+    w_task=0.01, epochs=10, batch_size=16, lr=1e-4, lr_alpha=1e-2, weight_decay=1e-4, seed=0,
+    init_from=None, freeze_siren=False,
+    out="out.pt", resume=False, save_minutes=5.0, workers=min(8, os.cpu_count() or 1), device="auto", precision="float32",
+    compile=None, eval_only=False, ckpt=None)
+DIGITS = dict(width=64, depth=3, steps=4, reader_depth=4, head_dim=32, epochs=20, batch_size=32, lr=1e-3)
+HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # at 64 pixels a side and more
+SIZE = dict(digits=8, cifar10=32, mnist=28, fashion_mnist=28)              # pixels a side; a folder: 32
+
+# These may change when a run is resumed; every other flag changes the result.
+FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "compile", "eval_only", "ckpt"}
+CORE = ("width", "depth", "omega", "steps", "shared_lr")                   # what --init-from takes over
+
+RESIDENT_BYTES = 2 << 30       # images (train + test, uint8) up to this size live on the device; more are decoded as needed
+EVAL_POINTS = 1 << 17          # image points evaluated at once
+
+
+class InputError(Exception):
+    """The user's input cannot be used: one line that says what is wrong, where, and what to do."""
+
+
+def generator(*key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator that is a function of `key` alone. Every draw of a run comes from one keyed by what it is for, the
+    seed and the step, so a resumed run needs no random state, and no draw depends on how many others came before it."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextlib.contextmanager
+def seeded(*key):
+    """Layers made inside take their initial parameters from a generator of their own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator(*key).get_state())
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------------------
+
+def decode(path: str, size: int) -> Tensor:
+    """An image file of any size and mode, squashed to a square: uint8 (3, size, size)."""
+    from PIL import Image
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):                      # 16 bits and more a pixel: Pillow's convert would clip
+            grey = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((grey * (255 / max(65535 if grey.max() > 255 else 255, grey.max()))).astype(np.uint8))
+        image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)       # antialiased
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Images(torch.utils.data.Dataset):
+    """One split: labels (n,), class names, and uint8 pixels (n, C, size, size) or the paths of files yet to be decoded."""
+
+    def __init__(self, classes: list[str], labels, pixels: Tensor | None = None, paths: np.ndarray | None = None,
+                 size: int = 32, levels: int = 255):
+        self.classes, self.labels, self.levels = classes, torch.as_tensor(labels, dtype=torch.long), levels
+        self.pixels, self.paths = pixels, paths
+        self.size, self.channels = (size, 3) if pixels is None else (pixels.shape[-1], pixels.shape[1])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> Tensor | str:
+        """The decoded image; of a file that cannot be decoded the path (an exception would reach us as a worker's traceback)."""
+        path = os.fsdecode(self.paths[row])
+        try:
+            return decode(path, self.size)
+        except Exception:
+            return path
+
+    def take(self, rows: Tensor) -> "Images":
+        pixels, paths = (None if x is None else x[rows] for x in (self.pixels, self.paths))
+        return Images(self.classes, self.labels[rows], pixels, paths, self.size, self.levels)
+
+    def resident(self, device, workers: int) -> "Images":
+        """The same images, decoded and on the device."""
+        pixels = self.pixels
+        if pixels is None:
+            order = torch.arange(len(self)).split(64)
+            batches = self.batches(order, "cpu", workers)
+            pixels = torch.cat([x for x, _ in tqdm(batches, "decoding", len(order), leave=False, disable=None)])
+        return Images(self.classes, self.labels.to(device), pixels.to(device), size=self.size, levels=self.levels)
+
+    def batches(self, order, device, workers: int = 0):
+        """Yields (uint8 images, labels) on the device for each tensor of row numbers in `order`. InputError: a broken file."""
+        if self.pixels is not None:
+            for rows in order:
+                rows = rows.to(self.pixels.device)
+                yield self.pixels[rows], self.labels[rows]
+            return
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=[rows.tolist() for rows in order], num_workers=workers, collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_parent, pin_memory=torch.device(device).type == "cuda")
+        for rows, images in zip(order, loader):
+            if isinstance(images, str):
+                raise InputError(f"{images}: cannot be decoded as an image; replace it or remove it")
+            yield images.to(device, non_blocking=True), self.labels[rows].to(device, non_blocking=True)
+
+    def signal(self, images: Tensor) -> Tensor:
+        """Grey levels 0 .. levels to [-1, 1]."""
+        return images.to(torch.get_default_dtype()) * (2 / self.levels) - 1
+
+
+def collate(samples: list[Tensor | str]) -> Tensor | str:
+    return next((s for s in samples if isinstance(s, str)), None) or torch.stack(samples)
+
+
+def leave_signals_to_the_parent(_worker: int):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def stratified(labels: Tensor, count: int) -> Tensor:
+    """`count` row numbers with the same share of each class (largest remainders), always the same ones, in ascending order."""
+    sizes = torch.bincount(labels)
+    exact = sizes * (count / len(labels))
+    take = exact.floor().long()
+    take[torch.argsort(exact - take, descending=True, stable=True)[:count - int(take.sum())]] += 1
+    rows = [torch.nonzero(labels == c).flatten()[torch.randperm(int(n), generator=generator("subset", c))[:t]]
+            for c, (n, t) in enumerate(zip(sizes, take))]
+    return torch.cat(rows).sort().values
+
+
+def read_digits() -> dict[str, Images]:
+    with np.load(Path(__file__).parent / "data" / "digits.npz") as f:
+        return {split: Images([str(c) for c in range(10)], f[f"{split}_labels"],
+                              torch.from_numpy(f[f"{split}_images"]).unsqueeze(1), levels=16) for split in ("train", "test")}
+
+
+def read_torchvision(name: str, root: str) -> dict[str, Images]:
+    from torchvision import datasets
+    kind, where = {"cifar10": (datasets.CIFAR10, "cifar-10-batches-py (cifar-10-python.tar.gz unpacked)"),
+                   "mnist": (datasets.MNIST, "MNIST/raw (the four unpacked ubyte files)"),
+                   "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw (the four unpacked ubyte files)")}[name]
+    try:
+        sets = {"train": kind(root, train=True, download=True), "test": kind(root, train=False, download=True)}
+    except Exception as error:     # network, disk and format errors of many types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"--dataset {name}: not in {root} and not to be downloaded ({reason}); "
+                         f"put {where} into {root}, or name another --data-root") from error
+    pixels = {split: torch.as_tensor(s.data) for split, s in sets.items()}
+    pixels = {split: x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous() for split, x in pixels.items()}
+    return {split: Images(s.classes, s.targets, pixels[split]) for split, s in sets.items()}
+
+
+def read_folder(root: str, size: int) -> dict[str, Images]:
+    from torchvision.datasets import ImageFolder
+    second = "test" if os.path.isdir(os.path.join(root, "test")) else "val"
+    found = {}
+    for split, name in (("train", "train"), ("test", second)):
+        folder = os.path.join(root, name)
+        if not os.path.isdir(folder):
+            raise InputError(f"--dataset {root}: needs train/<class>/ and test/<class>/ or val/<class>/; {folder} is not there")
+        try:
+            files = ImageFolder(folder)
+        except (FileNotFoundError, OSError) as error:
+            raise InputError(f"--dataset {root}: {' '.join(str(error).split())}") from error
+        found[split] = Images(files.classes, files.targets, paths=np.array([os.fsencode(p) for p, _ in files.samples]), size=size)
+    train, test = found["train"].classes, found["test"].classes
+    if train != test:
+        odd = sorted(set(train) ^ set(test))
+        raise InputError(f"--dataset {root}: train and {second} differ in their classes: {', '.join(odd[:5])} in only one of them")
+    if len(train) < 2:
+        raise InputError(f"--dataset {root}: one class only ({train[0]}); a classifier needs two")
+    return found
+
+
+def load_dataset(args, device: torch.device | str = "cpu", train: bool = True) -> tuple[Images | None, Images]:
+    """(train, test) of args.dataset, cut and split as args say, on the device where they fit; train=False leaves it undecoded.
+
+    With args.val the second is that share of the training set, held out of the first. Uses args.dataset, data_root, size,
+    train_size, test_size, val, workers. InputError: data that are missing or cannot be used.
+    """
+    if args.dataset == "digits":
+        found = read_digits()
+    elif args.dataset in SIZE:
+        found = read_torchvision(args.dataset, args.data_root)
+    elif os.path.isdir(args.dataset):
+        found = read_folder(args.dataset, args.size)
+    else:
+        raise InputError(f"--dataset {args.dataset}: neither {', '.join(SIZE)} nor a folder that is there")
+    if args.val:
+        every = torch.arange(len(found["train"]))
+        held = stratified(found["train"].labels, max(1, round(args.val * len(every))))
+        found = {"train": found["train"].take(every[~torch.isin(every, held)]), "test": found["train"].take(held)}
+    for split, count in (("train", args.train_size), ("test", args.test_size)):
+        if count is not None:
+            if count > len(found[split]):
+                raise InputError(f"--{split}-size {count}: there are only {len(found[split])} images")
+            found[split] = found[split].take(stratified(found[split].labels, count))
+    for split, data in found.items():
+        if data.pixels is not None and data.size != args.size:
+            from torchvision.transforms.functional import resize
+            found[split] = Images(data.classes, data.labels, resize(data.pixels, [args.size] * 2, antialias=True), levels=data.levels)
+    wanted = [split for split in found if train or split == "test"]
+    if sum(len(found[split]) for split in wanted) * found["test"].channels * args.size ** 2 <= RESIDENT_BYTES:
+        found.update({split: found[split].resident(device, args.workers) for split in wanted})
+    return found["train"], found["test"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Augmentation: whole batches, on the device
+# ------------------------------------------------------------------------------------------------------------------------
+
+def augment(images: Tensor, u: Tensor, flip: bool) -> Tensor:
+    """Randomly moved images (N, C, size, size), by six uniform numbers u (N, 6) an image. Integer in, integer out below 64 pixels."""
+    return augment_low(images, u, flip) if images.shape[-1] < 64 else augment_high(images, u, flip)
+
+
+def augment_low(images: Tensor, u: Tensor, flip: bool) -> Tensor:
+    """Crop out of 4 pixels of reflection (of a quarter of the image where that is less), horizontal flip."""
+    n, _, size, _ = images.shape
+    pad = min(4, size // 4)
+
+    def source(shift):             # (N, size): where each row or column of the crop comes from
+        i = (torch.arange(size, device=images.device) + (shift * (2 * pad + 1)).long().unsqueeze(1) - pad).abs()
+        return (size - 1) - ((size - 1) - i).abs()
+
+    rows, cols = source(u[:, 0]), source(u[:, 1])
+    if flip:
+        cols = torch.where(u[:, 2:3] < 0.5, cols.flip(1), cols)
+    image = torch.arange(n, device=images.device)[:, None, None]
+    return images[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
+    """Reflection beyond the edge, rotation by up to 30 degrees, crop of area 0.8 to 1 and aspect 3/4 to 4/3, flip: one bilinear look-up.
+
+    An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
+    """
+    angle = (2 * u[:, 0] - 1) * math.radians(30)
+    area = 0.8 + 0.2 * u[:, 1]
+    aspect = area ** (2 * u[:, 2] - 1)
+    half_w, half_h = (area * aspect).sqrt(), (area / aspect).sqrt()
+    centre_x, centre_y = (2 * u[:, 3] - 1) * (1 - half_w), (2 * u[:, 4] - 1) * (1 - half_h)
+    if flip:
+        half_w = torch.where(u[:, 5] < 0.5, -half_w, half_w)
+    cos, sin = angle.cos(), angle.sin()
+    where = torch.stack([torch.stack([cos * half_w, -sin * half_h, cos * centre_x - sin * centre_y], dim=-1),
+                         torch.stack([sin * half_w, cos * half_h, sin * centre_x + cos * centre_y], dim=-1)], dim=-2)  # (N, 2, 3)
+    images = images.to(where.dtype)
+    grid = F.affine_grid(where, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Model
+# ------------------------------------------------------------------------------------------------------------------------
+
+class MWT(nn.Module):
+    """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1]."""
+
+    def __init__(self, channels: int, size: int, classes: int, width=128, depth=4, omega=10.0, steps=6, shared_lr=False,
+                 fraction=1.0, reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0, w_task=0.01, bf16=False, seed=0):
+        super().__init__()
+        self.fraction, self.w_task, self.bf16 = fraction, w_task, bf16
+        with seeded("siren", seed):
+            self.siren = Siren(2, channels, width, depth, omega)
+        with seeded("inner loop", seed):
+            self.inner_loop = MetaSGD(self.siren, steps, shared_lr)
+        with seeded("reader", seed):
+            self.reader = Reader(depth * width, width, classes, reader_depth, head_dim, mlp_ratio, token_scale)
+        self.register_buffer("coords", coordinate_grid(size, size), persistent=False)      # (P, 2)
+
+    def draw(self, draws: int, images: int, generator: torch.Generator) -> Tensor | None:
+        """Pixel numbers (draws, images, n) for inner steps and losses; None where every pixel is used."""
+        if self.fraction == 1:
+            return None
+        return draw_pixels(draws, images, len(self.coords), self.fraction, generator, generator.device)
+
+    def adapt(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None) -> Weights:
+        """phi, the weights of each image's INR."""
+        return self.inner_loop(self.siren, self.coords, images.flatten(2).mT, steps, self.fraction, pixels)
+
+    def tokens(self, weights: Weights) -> Tensor:
+        """phi - theta, hidden neuron by hidden neuron: (N, depth * width, width + 1); tokens[..., -1] is the bias column."""
+        return (weights.hidden - self.siren.hidden).flatten(1, 2)
+
+    def fit(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None) -> Tensor:
+        """images (N, C, size, size) -> tokens."""
+        return self.tokens(self.adapt(images, steps, pixels))
+
+    def read(self, tokens: Tensor, flow: bool = False):
+        """tokens -> logits (N, classes); with flow=True also the reader's states."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.reader(tokens, flow)
+
+    def squared_error(self, images: Tensor, weights: Weights, pixels: Tensor | None = None, clamp: bool = False) -> Tensor:
+        """Mean squared error (N,) of the reconstruction, over all pixels or those numbered by pixels (N, n)."""
+        coords, values = self.coords, images.flatten(2).mT                     # (P, 2), (N, P, C)
+        if pixels is not None:
+            coords, values = take_pixels(coords, values, pixels)
+        prediction = self.siren(coords, weights)
+        return ((prediction.clamp(-1, 1) if clamp else prediction) - values).square().mean((-2, -1))
+
+    def forward(self, images: Tensor, labels: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """The outer losses of a batch, means over images: class loss, reconstruction; beside them accuracy and PSNR (dB): (4,).
+
+        pixels (k + 1, N, n): what each inner step and the reconstruction look at. The class loss reaches the INR with weight
+        w_task: the gradient is scaled where tokens enter the reader, so that one backward pass serves both losses.
+        """
+        weights = self.adapt(images, pixels=None if pixels is None else pixels[:-1])
+        error = self.squared_error(images, weights, None if pixels is None else pixels[-1])    # (N,)
+        tokens = self.tokens(weights)
+        value = tokens.detach()
+        logits = self.read(value + self.w_task * (tokens - value) if self.w_task else value).to(tokens.dtype)
+        return torch.stack([F.cross_entropy(logits, labels), error.mean(), (logits.argmax(-1) == labels).to(error.dtype).mean(),
+                            psnr(error.detach()).mean()])
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1] (peak to peak 2), at most 100 dB."""
+    return 10 * torch.log10(4 / error.clamp_min(4e-10))
+
+
+def build_model(args, channels: int, classes: int) -> MWT:
+    keys = ("width", "depth", "omega", "steps", "shared_lr", "fraction", "reader_depth", "head_dim", "mlp_ratio", "token_scale",
+            "w_task", "seed")
+    return MWT(channels, args.size, classes, bf16=args.precision == "bf16", **{key: getattr(args, key) for key in keys})
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------------------------------
+
+FORMAT, VERSION = "routed-inr", 1
+
+
+def save_checkpoint(path: str | Path, content: dict):
+    """Writes the whole file or nothing: the last good one stays in place until the new one is safe on the disk."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as f:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint's content: args, data, model, metrics, and of an unfinished run progress, optimizer, scheduler.
+
+    InputError: a file that is missing, truncated, of another kind or of an unknown version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except Exception as error:     # a damaged archive raises errors of many types
+        raise InputError(f"{path}: not a checkpoint that can be read: truncated, damaged or of another kind") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a checkpoint of {FORMAT}")
+    if content.get("version") != VERSION:
+        raise InputError(f"{path}: checkpoint version {content.get('version')}, but this program reads version {VERSION}")
+    if not all(isinstance(content.get(key), dict) for key in ("args", "data", "model", "metrics")) \
+            or not set(RECIPE) <= set(content["args"]):
+        raise InputError(f"{path}: a damaged checkpoint: parts of it are missing")
+    return content
+
+
+def model_from(content: dict, path: str | Path, device: torch.device | str) -> MWT:
+    args, data = argparse.Namespace(**content["args"]), content["data"]
+    try:
+        with torch.device("meta"):                                             # takes no memory: the sizes are only claims
+            model = build_model(args, data["channels"], len(data["classes"]))
+        model.load_state_dict(content["model"], assign=True)
+        model.coords = coordinate_grid(args.size, args.size).to(model.siren.first.dtype)
+        return model.to(device)
+    except Exception as error:
+        raise InputError(f"{path}: a damaged checkpoint: its settings and its parameters do not agree") from error
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[MWT, argparse.Namespace]:
+    """The model and the settings it was trained with. InputError: not a usable checkpoint."""
+    content = read_checkpoint(path)
+    return model_from(content, path, device), argparse.Namespace(**content["args"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Processes: with torchrun every process takes its rows of the global batch
+# ------------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average(tensors: list[Tensor]):
+    """In place, the mean over processes of each tensor: one flat all-reduce."""
+    if WORLD > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, mean in zip(tensors, (flat / WORLD).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+def agree(code: int, group=None) -> int:
+    """The largest code any process has, over the hosts' network: no process leaves the loop alone, no device waits."""
+    if WORLD > 1:
+        code = torch.tensor(code)
+        dist.all_reduce(code, op=dist.ReduceOp.MAX, group=group)
+    return int(code)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------------------------------
+
+def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95% interval of a proportion (Wilson, JASA 1927)."""
+    p, centre = correct / n, (correct / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@torch.no_grad()
+def evaluate(model: MWT, data: Images, steps: int | None = None, workers: int = 0, poll=lambda: None) -> dict:
+    """Accuracy with its interval and mean PSNR (dB) over `data`. `poll` is called between batches.
+
+    With fraction < 1 the inner loop and the PSNR see drawn pixels, from a generator of their own that is the same each time.
+    """
+    device, k = model.coords.device, model.inner_loop.steps if steps is None else steps
+    size = max(WORLD, EVAL_POINTS // max(1, int(model.fraction * len(model.coords))))
+    order = torch.arange(len(data)).split(min(size, 512))
+    mine = [rows[RANK::WORLD] for rows in order]
+    correct, decibels = torch.zeros(2, len(data), device=device)
+    for b, (images, labels) in enumerate(data.batches(mine, device, workers)):
+        poll()
+        if len(images):
+            pixels = model.draw(k + 1, len(order[b]), generator("evaluation", b, device=device))
+            pixels = None if pixels is None else pixels[:, RANK::WORLD]
+            images = data.signal(images)
+            weights = model.adapt(images, steps, None if pixels is None else pixels[:-1])
+            error = model.squared_error(images, weights, None if pixels is None else pixels[-1], clamp=True)
+            decibels[mine[b]] = psnr(error).to(decibels.dtype)
+            correct[mine[b]] = (model.read(model.tokens(weights)).argmax(-1) == labels).to(correct.dtype)
+    if WORLD > 1:
+        dist.all_reduce(correct)
+        dist.all_reduce(decibels)
+    correct = int(correct.sum())
+    return {"test_accuracy": correct / len(data), "test_interval": list(wilson(correct, len(data))),
+            "test_psnr": float(decibels.mean()), "test_images": len(data)}
+
+
+def summary(result: dict, args) -> str:
+    low, high = result["test_interval"]
+    of = "held-out training images" if args.val else "test images"
+    estimate = f" (an estimate: {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
+    return (f"accuracy {100 * result['test_accuracy']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f}, "
+            f"n = {result['test_images']} {of}), PSNR {result['test_psnr']:.2f} dB{estimate}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Outer loop
+# ------------------------------------------------------------------------------------------------------------------------
+
+class Stop(Exception):
+    """The run ends here with an exit status, after saving what can be saved."""
+
+    def __init__(self, status: int, message: str = ""):
+        super().__init__(message)
+        self.status = status
+
+
+def parameter_groups(model: MWT, args) -> list[dict]:
+    """Three groups, each with its learning rate and clipped by itself; frozen parameters are in none."""
+    groups = [("siren", model.siren, args.lr), ("alpha", model.inner_loop, args.lr_alpha), ("reader", model.reader, args.lr)]
+    groups = [{"name": name, "params": [p for p in part.parameters() if p.requires_grad], "lr": lr} for name, part, lr in groups]
+    return [group for group in groups if group["params"]]
+
+
+def backward(forward, groups: list[dict], *batch) -> Tensor:
+    """Gradients of both losses, averaged over processes; returns the batch's statistics (4,), as MWT.forward."""
+    stats = forward(*batch)
+    stats[:2].sum().backward()
+    stats = stats.detach()
+    average([p.grad for group in groups for p in group["params"]] + [stats])
+    return stats
+
+
+def textbook_backward(model: MWT, images: Tensor, labels: Tensor, pixels: Tensor | None = None):
+    """The published way to the same gradients: two backward passes, the class loss's gradient of the INR scaled in between.
+
+    With a model whose siren has `loss_and_grad = textbook_loss_and_grad` nothing of the fast path is left in it.
+    """
+    weights = model.adapt(images, pixels=None if pixels is None else pixels[:-1])
+    error = model.squared_error(images, weights, None if pixels is None else pixels[-1])
+    F.cross_entropy(model.read(model.tokens(weights)), labels).backward(retain_graph=True)
+    for p in [*model.siren.parameters(), *model.inner_loop.parameters()]:
+        if p.grad is not None:
+            p.grad *= model.w_task
+    error.mean().backward()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device on CUDA, else of the process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:            # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train(args, model: MWT, data: Images, test: Images, content: dict | None = None) -> dict:
+    """Trains to the last epoch, writing args.out as it goes, and returns the metrics. `content`: a checkpoint to go on from.
+    Stop: interrupted (after saving), a broken image (after saving), or a loss that is not finite (without)."""
+    device = model.coords.device
+    global_batch = args.batch_size * WORLD
+    mine = slice(RANK * args.batch_size, (RANK + 1) * args.batch_size)         # this process's rows of the global batch
+    steps_per_epoch = len(data) // global_batch                                # the incomplete last batch is dropped
+    total = args.epochs * steps_per_epoch
+    groups = parameter_groups(model, args)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+    # OneCycleLR divides by zero where the warm-up is exactly one step long.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=total,
+                                                    pct_start=0.05 if total != 20 else 0.051)
+    forward = torch.compile(model) if args.compile else model
+    hosts = dist.new_group(backend="gloo") if WORLD > 1 else None
+
+    metrics, start, first_step = {"epochs": [], "seconds": 0.0}, 0, 0
+    sums = torch.zeros(4, device=device, dtype=model.coords.dtype)             # of the statistics of this epoch's steps
+    bad = torch.full((), -1, device=device)                                    # the first step that was not finite
+    if content is not None:
+        optimizer.load_state_dict(content["optimizer"])
+        scheduler.load_state_dict(content["scheduler"])
+        metrics, progress = content["metrics"], content["progress"]
+        start, first_step = progress["epoch"], progress["step"]
+        sums += progress["sums"].to(device)
+    saved_at, seconds_before, began = time.monotonic(), metrics["seconds"], time.monotonic()
+    caught = []                                                                # signals
+
+    def save(epoch: int, step: int, finished: bool = False):
+        nonlocal saved_at
+        if int(bad) >= 0:
+            e, s = divmod(int(bad), steps_per_epoch)
+            kept = f"{args.out} is the last good checkpoint" if os.path.exists(args.out) else "no checkpoint had been written"
+            raise Stop(1, f"the loss or its gradient is not finite at epoch {e + 1}, step {s + 1}; {kept}")
+        metrics["seconds"] = seconds_before + time.monotonic() - began
+        if RANK == 0:
+            rest = {} if finished else {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                                        "progress": {"epoch": epoch, "step": step, "sums": sums.cpu(), "global_batch": global_batch,
+                                                     "seconds": time.monotonic() - epoch_began}}
+            save_checkpoint(args.out, {"args": vars(args), "data": facts(data), "model": model.state_dict(), "metrics": metrics, **rest})
+        saved_at = time.monotonic()
+
+    def look(epoch: int, step: int, error: InputError | None = None):
+        """Between steps: save when it is time, end when asked to. All processes do the same."""
+        due = time.monotonic() - saved_at >= 60 * args.save_minutes
+        code = agree(1000 if error else 1 + caught[0] if caught else int(due and RANK == 0), hosts)
+        if code:
+            save(epoch, step)
+        if code == 1000:
+            raise Stop(2, str(error or "a broken image, met by another process"))
+        if code > 1:
+            launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+            raise Stop(127 + code, f"stopped and saved at epoch {epoch + 1}, step {step}; go on with: "
+                                   f"{launch} {os.path.basename(sys.argv[0]) or 'train.py'} --resume --out {args.out}")
+
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for epoch in range(start, args.epochs):
+            epoch_began = time.monotonic() - (progress["seconds"] if first_step else 0)
+            order = torch.randperm(len(data), generator=generator("order", args.seed, epoch))
+            order = order[:steps_per_epoch * global_batch].view(steps_per_epoch, WORLD, -1)[first_step:, RANK]
+            batches = data.batches(order, device, args.workers)
+            with tqdm(desc=f"epoch {epoch + 1}/{args.epochs}", total=steps_per_epoch * global_batch, unit=" images",
+                      initial=first_step * global_batch, leave=False, disable=None if RANK == 0 else True) as bar:
+                read_at = 0.0
+                for step in range(first_step, steps_per_epoch):
+                    error = None
+                    try:
+                        images, labels = next(batches)
+                    except InputError as e:
+                        error = e
+                    look(epoch, step, error)
+                    now = epoch * steps_per_epoch + step
+                    if args.augment:
+                        u = torch.rand(global_batch, 6, generator=generator("augmentation", args.seed, now))
+                        images = augment(images, u[mine].to(device), flip=args.dataset not in ("digits", "mnist"))
+                    pixels = model.draw(args.steps + 1, global_batch, generator("pixels", args.seed, now, device=device))
+                    pixels = None if pixels is None else pixels[:, mine]
+                    stats = backward(forward, groups, data.signal(images), labels, pixels)
+                    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in groups]
+                    optimizer.step()
+                    scheduler.step()
+                    optimizer.zero_grad()
+                    finite = torch.isfinite(stats[:2].sum() + sum(norms))
+                    bad = torch.where((bad < 0) & ~finite, now, bad)           # stays on the device until somebody looks
+                    sums += stats
+                    bar.update(global_batch)
+                    if not bar.disable and time.monotonic() - read_at > 1:
+                        read_at, (loss, _, accuracy, decibel) = time.monotonic(), stats.tolist()
+                        bar.set_postfix_str(f"loss {loss:.3f}, accuracy {100 * accuracy:.0f}%, PSNR {decibel:.1f} dB")
+            # An evaluation that is interrupted is done again when the run goes on: all steps of the epoch are behind it.
+            result = evaluate(model, test, args.steps_test, args.workers, poll=lambda: look(epoch, steps_per_epoch))
+            loss, reconstruction, accuracy, decibel = (sums / steps_per_epoch).tolist()
+            metrics.update(result)
+            metrics["epochs"].append({
+                "epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "train_accuracy": accuracy,
+                "train_psnr": decibel, "test_accuracy": result["test_accuracy"], "test_psnr": result["test_psnr"],
+                "seconds": time.monotonic() - epoch_began, "peak_memory_bytes": peak_memory(device)})
+            sums.zero_()
+            first_step = 0
+            save(epoch + 1, 0, finished=epoch + 1 == args.epochs)
+            if RANK == 0:
+                print(epoch_line(metrics["epochs"][-1], args), flush=True)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return metrics
+
+
+def facts(data: Images) -> dict:
+    """What a checkpoint must know of its data."""
+    return {"channels": data.channels, "classes": list(data.classes), "images": len(data)}
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Report
+# ------------------------------------------------------------------------------------------------------------------------
+
+def epoch_line(epoch: dict, args) -> str:
+    memory = "" if epoch["peak_memory_bytes"] is None else f"  peak {epoch['peak_memory_bytes'] / 2**30:.2f} GiB"
+    name = "val" if args.val else "test"
+    return (f"epoch {epoch['epoch']:3d}/{args.epochs}  loss {epoch['loss']:.4f}  reconstruction {epoch['reconstruction']:.5f}  "
+            f"{name} accuracy {100 * epoch['test_accuracy']:.2f}%  {name} PSNR {epoch['test_psnr']:.2f} dB  {epoch['seconds']:.1f} s{memory}")
+
+
+def write_json(path: Path, args, metrics: dict, device: torch.device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    report = {"command": " ".join(["python", *sys.argv]), "flags": vars(args), "versions": versions, "device": f"{device} ({name})",
+              "threads": torch.get_num_threads(), "processes": WORLD,
+              "evaluated_on": "validation share of the training set" if args.val else "test set", **metrics}
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@torch.no_grad()
+def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
+    """Learning curves, and a few test images as the inner loop reconstructs them after each step."""
+    from matplotlib.figure import Figure
+    device, k = model.coords.device, args.steps_test or args.steps
+    rows = torch.linspace(0, len(test) - 1, min(4, len(test))).long()
+    images, labels = next(test.batches([rows], device))
+    images = test.signal(images)
+    stages = torch.linspace(0, k, min(k, 7) + 1).round().int().tolist()        # steps shown
+    pixels = model.draw(k, len(rows), generator("figure", device=device))
+    fits = [model.adapt(images, j, pixels) for j in stages]
+    predicted = model.read(model.tokens(fits[-1])).argmax(-1)
+
+    figure = Figure(figsize=(max(9, 1.35 * (len(stages) + 1)), 2.6 + 1.75 * len(rows)), layout="constrained", dpi=110)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.75 * len(rows)])
+    epochs, marker = [e["epoch"] for e in metrics["epochs"]], "o" if len(metrics["epochs"]) < 30 else None
+    held = "val" if args.val else "test"
+    panels = {"class loss (nats)": [("train", "loss", 1)], "accuracy (%)": [("train", "train_accuracy", 100), (held, "test_accuracy", 100)],
+              "PSNR (dB)": [("train", "train_psnr", 1), (held, "test_psnr", 1)]}
+    for axis, (title, lines) in zip(top.subplots(1, 3), panels.items()):
+        for (name, key, factor), style in zip(lines, ("--", "-")):
+            axis.plot(epochs, [factor * e[key] for e in metrics["epochs"]], style, marker=marker, markersize=3, label=name)
+        axis.set_xlabel("epoch")
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+    def show(axis, image, text):
+        image = ((image.float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
+        axis.imshow(image.expand(-1, -1, 3) if image.shape[-1] == 1 else image, interpolation="nearest")
+        axis.set_xlabel(text, fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+
+    grid = bottom.subplots(len(rows), len(stages) + 1, squeeze=False)
+    for i, line in enumerate(grid):
+        for axis, j, phi in zip(line, stages, fits):
+            one = phi._make(w if j == 0 else w[i:i + 1] for w in phi)          # at step 0 all images are at the anchor
+            shown = model.siren(model.coords, one).view(-1, args.size ** 2, test.channels)[0].mT.view_as(images[i])
+            show(axis, shown, f"{float(psnr((shown.clamp(-1, 1) - images[i]).square().mean())):.1f} dB")
+        right = "right" if predicted[i] == labels[i] else "wrong"
+        show(line[-1], images[i], f"{test.classes[labels[i]]}\nread as {test.classes[predicted[i]]} ({right})")
+    for axis, title in zip(grid[0], [f"step {j}" if j else "anchor" for j in stages] + ["image"]):
+        axis.set_title(title, fontsize=9)
+    figure.savefig(path)
+
+
+def write_reports(args, model: MWT, test: Images, metrics: dict):
+    if RANK == 0:
+        write_json(Path(args.out).with_suffix(".json"), args, metrics, model.coords.device)
+        draw_figure(Path(args.out).with_suffix(".png"), args, model, test, metrics)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------------
+
+def whole(low: int):
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+    return parse
+
+
+def number(low: float, high: float = math.inf, open_low: bool = False):
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or open_low and value == low:
+            limits = f"{'above' if open_low else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parser() -> Parser:
+    """All flags. What is not given is absent from the result, so that recipes and saved runs can fill it in."""
+    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def flag(name: str, kind, text: str, **more):
+        usual, digits = RECIPE[name], DIGITS.get(name)
+        default = "" if usual is None or usual is False else f" (default {usual}" + (f"; digits {digits})" if digits is not None else ")")
+        group.add_argument("--" + name.replace("_", "-"), help=text + default, **({"type": kind} if kind else {"action": "store_true"}), **more)
+
+    group = p.add_argument_group("data")
+    flag("dataset", str, "digits, cifar10, mnist, fashion_mnist, or a folder with train/<class>/ and test/<class>/ or val/<class>/")
+    flag("data_root", str, "folder of the downloaded data sets")
+    group.add_argument("--size", type=whole(2), help="pixels a side (default: the data set's own; a folder 32)")
+    flag("train_size", whole(1), "train on so many images, the same share of each class, always the same ones")
+    flag("test_size", whole(1), "evaluate on so many images")
+    flag("val", number(0, 0.9), "share of the training set held out and evaluated on instead of the test set")
+    flag("augment", None, "random crop and flip; at 64 pixels and more also rotation and scale")
+    flag("workers", whole(0), "processes that decode image files")
+
+    group = p.add_argument_group("model")
+    flag("width", whole(1), "neurons a layer; also the reader's width")
+    flag("depth", whole(1), "hidden layers of the SIREN")
+    flag("omega", number(0, open_low=True), "omega, frequency of the first layer (30 at 64 pixels and more)")
+    flag("steps", whole(1), "k, inner-loop steps (4 at 64 pixels and more)")
+    flag("steps_test", whole(1), "inner-loop steps in evaluation; other than k only with --shared-lr (default k)")
+    flag("shared_lr", None, "one alpha for all inner steps")
+    flag("fraction", number(0, 1, open_low=True), "s, share of the pixels drawn at each inner step (0.25 at 64 pixels and more)")
+    flag("reader_depth", whole(0), "blocks of the reader")
+    flag("head_dim", whole(1), "features an attention head; divides the width")
+    flag("mlp_ratio", whole(1), "hidden over outer features in the reader's MLP")
+    flag("token_scale", number(0), "lambda, factor on the tokens; 0: layer norm instead")
+
+    group = p.add_argument_group("training")
+    flag("w_task", number(0), "weight of the class loss for the INR; 0 is WT")
+    flag("epochs", whole(1), "passes over the training set (40 at 64 pixels and more)")
+    flag("batch_size", whole(1), "images a step and process")
+    flag("lr", number(0, open_low=True), "peak learning rate of the SIREN and the reader")
+    flag("lr_alpha", number(0, open_low=True), "peak learning rate of alpha, the inner step sizes")
+    flag("weight_decay", number(0), "AdamW's, on every parameter")
+    flag("seed", whole(0), "of the initial parameters, the data order, augmentation and pixels")
+    flag("init_from", str, "checkpoint whose SIREN and alpha this run starts from (its reader is new)")
+    flag("freeze_siren", None, "train the reader only: with --init-from this is WT-seq")
+
+    group = p.add_argument_group("run")
+    flag("out", str, "checkpoint, *.pt; *.json and *.png are written beside it")
+    flag("resume", None, "go on with the run saved in --out")
+    flag("save_minutes", number(0), "minutes between checkpoints, beside one an epoch; 0: after every step")
+    flag("device", str, "auto (CUDA if there is one), or a torch device")
+    flag("precision", str, "float32, tf32, or bf16: the reader in bfloat16, all else in TF32", choices=["float32", "tf32", "bf16"])
+    flag("compile", None, "torch.compile the step (default: on CUDA)")
+    group.add_argument("--no-compile", dest="compile", action="store_false", help="run the step eagerly")
+    flag("eval_only", None, "evaluate --ckpt and stop; writes nothing unless --out is given")
+    flag("ckpt", str, "checkpoint to evaluate")
+    return p
+
+
+def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
+    """Explicit flags over a saved run's, or over the data set's recipe (and what --init-from brings)."""
+    if saved is None:
+        dataset = explicit.get("dataset", RECIPE["dataset"])
+        size = explicit.get("size", SIZE.get(dataset, 32))
+        saved = RECIPE | {"size": size} | (DIGITS if dataset == "digits" else {}) | (HIGH_RESOLUTION if size >= 64 else {})
+        if "init_from" in explicit:
+            core = read_checkpoint(explicit["init_from"])["args"]
+            saved |= {key: core[key] for key in CORE}
+            for key in CORE:
+                if explicit.get(key, core[key]) != core[key]:
+                    raise InputError(f"--{key.replace('_', '-')} {explicit[key]}: but {explicit['init_from']} has {core[key]}")
+    args = argparse.Namespace(**(saved | explicit))
+    if args.width % args.head_dim:
+        raise InputError(f"--head-dim {args.head_dim} does not divide --width {args.width}")
+    if args.steps_test not in (None, args.steps) and not args.shared_lr:
+        raise InputError(f"--steps-test {args.steps_test} differs from --steps {args.steps}: that needs --shared-lr, one alpha for all steps")
+    if int(args.fraction * args.size ** 2 + 1e-9) < 1:
+        raise InputError(f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one pixel")
+    return args
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device)
+        return device
+    except Exception as error:     # no driver, no such index, not built in: torch has a type for each
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_output(args):
+    """Before any work: can args.out be written, and would it destroy anything?"""
+    out = Path(args.out)
+    if out.suffix != ".pt":
+        raise InputError(f"--out {out}: the name must end in .pt")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    for path in (out, out.with_suffix(".json"), out.with_suffix(".png"), Path(f"{out}.tmp")):
+        if path.is_dir() or not os.access(path if path.exists() else out.parent, os.W_OK):
+            raise InputError(f"--out {out}: {path} cannot be written")
+    if out.exists() and not args.resume and not args.eval_only:
+        try:
+            unfinished = "progress" in read_checkpoint(out)
+        except InputError as error:
+            raise InputError(f"--out {out}: is there and would be overwritten, but is no checkpoint that can be read; choose another") from error
+        if unfinished:
+            raise InputError(f"--out {out}: holds an unfinished run; add --resume to go on with it, or delete it, or choose another")
+
+
+def saved_run(explicit: dict) -> tuple[dict, dict]:
+    """The checkpoint to go on from, and the explicit flags once they are known to agree with it."""
+    path = explicit.get("out", RECIPE["out"])
+    content = read_checkpoint(path)
+    saved = content["args"]
+    if "progress" in content:                                                  # the same global batch on other processes
+        batch = explicit.get("batch_size", max(1, content["progress"]["global_batch"] // WORLD))
+        if batch * WORLD != content["progress"]["global_batch"]:
+            raise InputError(f"--batch-size {batch} on {WORLD} processes: the run in {path} has {content['progress']['global_batch']} in all")
+        explicit = explicit | {"batch_size": batch}
+        saved = saved | {"batch_size": batch}
+    for key, value in explicit.items():
+        if key not in FREE and value != saved[key]:
+            raise InputError(f"--{key.replace('_', '-')} {value}: but the run in {path} has {saved[key]}, and the result would differ")
+    return content, explicit
+
+
+def evaluate_only(explicit: dict):
+    if "ckpt" not in explicit:
+        raise InputError("--eval-only needs --ckpt")
+    content = read_checkpoint(explicit["ckpt"])
+    allowed = FREE | {"dataset", "train_size", "test_size", "val", "steps_test", "fraction", "precision"}
+    for key in set(explicit) - allowed:
+        if explicit[key] != content["args"][key]:
+            raise InputError(f"--{key.replace('_', '-')} {explicit[key]}: {explicit['ckpt']} was trained with {content['args'][key]}")
+    args = settings(explicit, content["args"] | {"out": None, "device": "auto", "eval_only": True})
+    if args.out:
+        check_output(args)
+    device = find_device(args.device)
+    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+    model = model_from(content | {"args": vars(args)}, explicit["ckpt"], device)
+    _, test = load_dataset(args, device, train=False)
+    if (test.channels, len(test.classes)) != (content["data"]["channels"], len(content["data"]["classes"])):
+        raise InputError(f"--dataset {args.dataset}: {test.channels} channels and {len(test.classes)} classes; "
+                         f"{explicit['ckpt']} has {content['data']['channels']} and {len(content['data']['classes'])}")
+    result = evaluate(model, test, args.steps_test, args.workers)
+    print(summary(result, args))
+    if args.out:
+        write_reports(args, model, test, content["metrics"] | result)
+
+
+def run(explicit: dict):
+    if explicit.get("eval_only"):
+        return evaluate_only(explicit)
+    content = None
+    if explicit.get("resume"):
+        content, explicit = saved_run(explicit)
+    args = settings(explicit, content and content["args"] | {"resume": True})
+    check_output(args)
+    device = find_device(args.device)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if RANK:
+            dist.barrier()                                                     # the first process downloads, the others find
+    data, test = load_dataset(args, device)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    if args.batch_size * WORLD > len(data):
+        raise InputError(f"--batch-size {args.batch_size} on {WORLD} process{'es' * (WORLD > 1)}: there are only {len(data)} training images")
+    if content is not None:
+        if content["data"] != facts(data):
+            raise InputError(f"--dataset {args.dataset}: the data have changed since the run in {args.out} began")
+        model = model_from(content, args.out, device)
+    else:
+        model = build_model(args, data.channels, len(data.classes)).to(device)
+    if args.init_from and content is None:
+        start = model_from(read_checkpoint(args.init_from), args.init_from, device)
+        if start.siren.head.weight.shape != model.siren.head.weight.shape:
+            raise InputError(f"--init-from {args.init_from}: made for {start.siren.head.out_features} channels, {args.dataset} has {data.channels}")
+        model.siren.load_state_dict(start.siren.state_dict())
+        model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+    for part in (model.siren, model.inner_loop):
+        part.requires_grad_(not args.freeze_siren)
+
+    if RANK == 0:
+        count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+        print(f"{args.dataset}: {len(data):,} training and {len(test):,} {'held-out' if args.val else 'test'} images, "
+              f"{data.channels}x{args.size}x{args.size}, {len(data.classes)} classes; on {device}"
+              + (f", {WORLD} processes" if WORLD > 1 else f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""))
+        print(f"parameters: SIREN with alpha {count['siren'] + count['inner_loop']:,}, reader {count['reader']:,}")
+        print("settings: " + " ".join(f"{key}={value}" for key, value in vars(args).items()), flush=True)
+    if content is not None and "progress" not in content:
+        metrics = content["metrics"]
+        if RANK == 0:
+            print(f"the run in {args.out} is finished: nothing to train")
+    else:
+        metrics = train(args, model, data, test, content)
+    write_reports(args, model, test, metrics)
+    if RANK == 0:
+        print(f"{summary(metrics, args)}; {metrics['seconds']:.0f} s; wrote {args.out} and beside it .json and .png")
+
+
+def main(argv: list[str] | None = None):
+    """Exit status: 0; 1 a loss that is not finite; 2 bad input; 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    try:
+        run(vars(parser().parse_args(argv)))
+    except (InputError, Stop, KeyboardInterrupt) as error:
+        status = {InputError: 2, KeyboardInterrupt: 130}.get(type(error)) or error.status
+        if RANK == 0 or type(error) is InputError and WORLD == 1:
+            print(f"train.py: {'error: ' if status == 2 else ''}{error or 'interrupted'}", file=sys.stderr)
+        raise SystemExit(status) from None
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
