@@ -47,7 +47,7 @@ RECIPE = dict(
     init_from=None, freeze_siren=False,
     out="out.pt", resume=False, save_minutes=5.0, workers=min(8, os.cpu_count() or 1), device="auto", precision="float32",
     compile=None, eval_only=False, ckpt=None)
-DIGITS = dict(width=64, depth=3, steps=4, reader_depth=4, head_dim=32, epochs=20, batch_size=32, lr=1e-3)
+DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
 HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # at 64 pixels a side and more
 SIZE = dict(digits=8, cifar10=32, mnist=28, fashion_mnist=28)              # pixels a side; a folder: 32
 
@@ -396,10 +396,17 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: not a checkpoint of {FORMAT}")
     if content.get("version") != VERSION:
         raise InputError(f"{path}: checkpoint version {content.get('version')}, but this program reads version {VERSION}")
-    if not all(isinstance(content.get(key), dict) for key in ("args", "data", "model", "metrics")) \
-            or not set(RECIPE) <= set(content["args"]):
+    if not all(isinstance(content.get(key), dict) for key in ("args", "data", "model", "metrics")):
         raise InputError(f"{path}: a damaged checkpoint: parts of it are missing")
-    return content
+    given = {key: value for key, value in content["args"].items() if value is not None and value is not False}
+    try:                           # its settings pass the same checks as a user's
+        known = vars(parser().parse_args([f"--{key.replace('_', '-')}" + (f"={value}" if value is not True else "")
+                                          for key, value in given.items()]))
+    except InputError as error:
+        raise InputError(f"{path}: a damaged checkpoint: {error}") from error
+    if known != given or "size" not in known:
+        raise InputError(f"{path}: a damaged checkpoint: its settings are incomplete or of wrong types")
+    return content | {"args": RECIPE | content["args"]}
 
 
 def model_from(content: dict, path: str | Path, device: torch.device | str) -> MWT:
@@ -565,11 +572,14 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     sums = torch.zeros(4, device=device, dtype=model.coords.dtype)             # of the statistics of this epoch's steps
     bad = torch.full((), -1, device=device)                                    # the first step that was not finite
     if content is not None:
-        optimizer.load_state_dict(content["optimizer"])
-        scheduler.load_state_dict(content["scheduler"])
-        metrics, progress = content["metrics"], content["progress"]
-        start, first_step = progress["epoch"], progress["step"]
-        sums += progress["sums"].to(device)
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+            scheduler.load_state_dict(content["scheduler"])
+            metrics, progress = content["metrics"], content["progress"]
+            start, first_step = progress["epoch"], progress["step"]
+            sums += progress["sums"].to(device)
+        except Exception as error:
+            raise InputError(f"{args.out}: a damaged checkpoint: it cannot be gone on from") from error
     saved_at, seconds_before, began = time.monotonic(), metrics["seconds"], time.monotonic()
     caught = []                                                                # signals
 

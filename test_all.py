@@ -1,0 +1,806 @@
+"""Every test of the project.
+
+    python test_all.py                  # all of them; ends with "N passed, N failed"
+    python test_all.py resume           # those with "resume" in their name
+    pytest test_all.py                  # the same functions
+"""
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import train
+from inner_loop import MetaSGD, draw_pixels, textbook_loss_and_grad
+from reader import Attention, Reader
+from siren import Siren, Weights, coordinate_grid
+
+HERE = Path(__file__).resolve().parent
+TINY = ("--width 8 --depth 2 --steps 2 --reader-depth 1 --head-dim 4 --batch-size 16 --train-size 160 --test-size 40 "
+        "--epochs 2 --workers 0").split()
+
+
+class Skipped(Exception):
+    pass
+
+
+class TextbookSiren(Siren):
+    loss_and_grad = textbook_loss_and_grad
+
+
+@contextlib.contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def folder():
+    """A temporary folder that is also the working directory, as a user's would be."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as path:
+        os.chdir(path)
+        try:
+            yield Path(path)
+        finally:
+            os.chdir(before)
+
+
+def apart(a, b) -> float:
+    """Relative difference of two lists of tensors, concatenated."""
+    a, b = (torch.cat([x.detach().double().flatten() for x in xs]) for xs in (a, b))
+    return float((a - b).norm() / b.norm())
+
+
+def tiny_model(textbook=False, **more) -> train.MWT:
+    settings = dict(channels=3, size=6, classes=4, width=8, depth=2, steps=3, reader_depth=2, head_dim=4) | more
+    model = train.MWT(**settings)
+    if textbook:
+        model.siren.__class__ = TextbookSiren
+    return model
+
+
+def batch(n=5, size=6, classes=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 3, size, size, generator=g) * 2 - 1, torch.randint(classes, (n,), generator=g)
+
+
+def grads(model) -> dict[str, list[torch.Tensor]]:
+    return {name: [torch.zeros_like(p) if p.grad is None else p.grad for p in part.parameters()]
+            for name, part in model.named_children()}
+
+
+def command(argv, **more):
+    """train.main in process: (exit status, what it printed to stdout and stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train.main([str(a) for a in argv])
+            status = 0
+        except SystemExit as error:
+            status = error.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def start(argv, launch=(), **more) -> subprocess.Popen:
+    """train.py as a process of its own."""
+    return subprocess.Popen([sys.executable, *launch, str(HERE / "train.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
+
+
+def finish(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def save_image(path, pixels, mode=None):
+    from PIL import Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path)
+
+
+def image_folder(root: Path, train_images=12, test_images=4, size=10, second="test", classes="abc") -> Path:
+    rng = np.random.default_rng(0)
+    for split, n in (("train", train_images), (second, test_images)):
+        for c in classes:
+            for i in range(n):
+                save_image(root / split / c / f"{i:03d}.png", rng.integers(0, 256, (size, size + 2, 3), dtype=np.uint8))
+    return root
+
+
+# ---- siren.py ----------------------------------------------------------------------------------------------------------
+
+def test_coordinate_grid_by_hand():
+    expected = [[-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
+    assert coordinate_grid(2, 3).tolist() == expected
+
+
+def test_siren_forward_by_hand():
+    """One pixel at a time, in numpy."""
+    with float64():
+        torch.manual_seed(0)
+        siren = Siren(2, 3, width=5, depth=2, omega=7.0)
+        weights = Weights(torch.randn(2, 5, 3), torch.randn(2, 2, 5, 6))
+        coords = torch.randn(4, 2)
+        got = siren(coords, weights).detach().numpy()
+        V, c, scale = (p.detach().numpy() for p in (siren.head.weight, siren.head.bias, siren.scale))
+        for n in range(2):
+            W0, W = weights.first[n].numpy(), weights.hidden[n].numpy()
+            for p, x in enumerate(coords.numpy()):
+                a = np.sin(7.0 * (W0[:, :2] @ x + W0[:, 2]))
+                for W1 in W:
+                    a = np.sin(W1[:, :5] @ a + W1[:, 5])
+                np.testing.assert_allclose(got[n, p], scale * (V @ a + c), rtol=1e-10, atol=1e-12)
+
+
+def test_siren_initialisation():
+    siren = Siren(2, 3, width=64, depth=3)
+    for weight, bound in ((siren.first, 1 / 2), (siren.hidden, math.sqrt(6 / 64))):
+        w = weight[..., :-1]
+        assert 0.95 * bound < w.abs().max() <= bound and abs(float(w.mean())) < 0.1 * bound
+        assert torch.all(weight[..., -1] == 0)
+    assert torch.all(siren.scale == 0.1)
+
+
+def test_closed_form_gradient_against_autograd():
+    with float64():
+        for seed, (dims, out, width, depth, images, points) in enumerate([(2, 3, 8, 2, 4, 9), (3, 1, 5, 1, 2, 7), (3, 2, 12, 4, 3, 20), (1, 4, 6, 3, 1, 5)]):
+            torch.manual_seed(seed)
+            siren = Siren(dims, out, width, depth, omega=5.0)
+            values = torch.randn(images, points, out)
+            batched = Weights(*(w + 0.1 * torch.randn(images, *w.shape) for w in siren.anchor()))
+            for coords in (torch.randn(points, dims), torch.randn(images, points, dims)):
+                for weights in (batched, siren.anchor()):
+                    loss, grad = siren.loss_and_grad(coords, values, weights)
+                    for n in range(images):
+                        one = [(w[n] if weights is batched else w).detach().requires_grad_() for w in weights]
+                        x = coords if coords.dim() == 2 else coords[n]
+                        expected = (siren(x, Weights(*one)) - values[n]).square().mean()
+                        assert apart([loss[n]], [expected]) <= 1e-12
+                        assert apart([g[n] for g in grad], torch.autograd.grad(expected, one)) <= 1e-9
+                    for a, b in zip(textbook_loss_and_grad(siren, coords, values, weights)[1], grad):
+                        assert apart([a], [b]) <= 1e-9
+
+
+# ---- inner_loop.py -----------------------------------------------------------------------------------------------------
+
+def test_inner_loop_by_hand():
+    """k steps of plain SGD on one image, by torch.autograd, against the batch; with all pixels and with given ones."""
+    with float64():
+        for shared in (False, True):
+            torch.manual_seed(0)
+            siren = Siren(2, 3, width=6, depth=2)
+            inner = MetaSGD(siren, steps=3, shared=shared)
+            assert len(inner.first) == (1 if shared else 3) and inner.first.min() >= 0.1 and inner.first.max() <= 1
+            coords, values = coordinate_grid(4, 4), torch.rand(5, 16, 3)
+            for pixels in (None, draw_pixels(3, 5, 16, 0.4)):
+                phi = inner(siren, coords, values, pixels=pixels)
+                for n in range(5):
+                    one = [w.detach().clone().requires_grad_() for w in siren.anchor()]
+                    for j in range(3):
+                        seen = torch.arange(16) if pixels is None else pixels[j, n]
+                        loss = (siren(coords[seen], Weights(*one)) - values[n, seen]).square().mean()
+                        step = torch.autograd.grad(loss, one)
+                        alpha = [a[0 if shared else j].detach() for a in (inner.first, inner.hidden)]
+                        one = [(w - a * g).detach().requires_grad_() for w, a, g in zip(one, alpha, step)]
+                    assert apart([w[n] for w in phi], one) <= 1e-12
+    siren = Siren(2, 3, width=6, depth=2)
+    longer = MetaSGD(siren, steps=2, shared=True)(siren, coords.float(), values.float(), steps=5)
+    assert longer.hidden.shape == (5, 2, 6, 7)
+    try:
+        MetaSGD(siren, steps=2)(siren, coords.float(), values.float(), steps=3)
+    except ValueError:
+        return
+    raise AssertionError("three steps with step sizes for two must be an error")
+
+
+def test_pixels_drawn():
+    assert draw_pixels(1, 1, 100, 0.29).shape == (1, 1, 29)                    # 0.29 * 100 = 28.999... in floating point
+    drawn = draw_pixels(6, 50, 99, 0.1)
+    assert drawn.shape == (6, 50, 9) and drawn.min() >= 0 and drawn.max() <= 98
+    rows = [tuple(sorted(set(r.tolist()))) for step in drawn for r in step]
+    assert all(len(r) == 9 for r in rows) and len(set(rows)) == 300            # distinct, and fresh each time
+    counts = torch.bincount(draw_pixels(200, 50, 20, 0.25).flatten(), minlength=20) / 10000    # each with probability 1/4
+    assert (counts - 0.25).abs().max() < 6 * math.sqrt(0.25 * 0.75 / 10000)
+    assert draw_pixels(1, 3, 16, 1.0).sort(-1).values.eq(torch.arange(16)).all()
+    with float64():                # a fraction of 1 uses each pixel once
+        model = tiny_model()
+        images, _ = batch()
+        every = draw_pixels(3, 5, 36, 1.0)
+        assert apart(model.adapt(images, pixels=every), model.adapt(images)) <= 1e-12
+        fewer = tiny_model(fraction=0.5)
+        assert apart(fewer.adapt(images), fewer.adapt(images)) > 1e-3
+
+
+# ---- reader.py ---------------------------------------------------------------------------------------------------------
+
+def test_attention_by_hand():
+    with float64():
+        torch.manual_seed(0)
+        attention = Attention(6, head_dim=3)
+        x = torch.randn(2, 5, 6)
+        h = F.layer_norm(x, (6,), attention.norm.weight, attention.norm.bias)
+        out = torch.zeros(2, 5, 6)
+        W = attention.qkv.weight
+        for n in range(2):
+            for head in range(2):
+                q, k, v = (h[n] @ W[part * 6 + head * 3: part * 6 + head * 3 + 3].T for part in range(3))
+                for t in range(5):
+                    score = torch.stack([q[t] @ k[s] for s in range(5)]) / math.sqrt(3)
+                    weight = score.exp() / score.exp().sum()
+                    out[n, t, 3 * head: 3 * head + 3] = sum(weight[s] * v[s] for s in range(5))
+        expected = 0.1 * (out @ attention.out.weight.T + attention.out.bias)
+        assert apart([attention(x)], [expected]) <= 1e-12
+
+
+def test_reader_input_and_flow():
+    with float64():
+        torch.manual_seed(0)
+        tokens = torch.randn(3, 10, 7)
+        reader = Reader(10, 6, 4, depth=2, head_dim=3, token_scale=50.0)
+        torch.nn.init.normal_(reader.beta)
+        logits, states = reader(tokens, flow=True)
+        assert len(states) == 5 and torch.equal(logits, reader(tokens))
+        assert apart([states[0]], [50.0 * (tokens + reader.beta) @ reader.embed.weight.T + reader.embed.bias]) <= 1e-12
+        for before, block, after in zip(states, reader.blocks, states[1:]):
+            assert torch.equal(before + block(before), after)
+        assert apart([logits], [states[-1].mean(1) @ reader.head.weight.T + reader.head.bias]) <= 1e-12
+        normed = Reader(10, 6, 4, depth=0, head_dim=3, token_scale=0.0)
+        x = tokens.flatten(1)
+        x = ((x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()).view_as(tokens)
+        assert apart([normed(tokens)], [normed.head(normed.embed(x).mean(1))]) <= 1e-12
+
+
+def test_logits_do_not_depend_on_the_batch_and_order_enters_by_beta():
+    with float64():
+        model = tiny_model()
+        images, _ = batch(6)
+        tokens = model.fit(images)
+        logits = model.read(tokens)
+        assert tokens.shape == (6, 16, 9)
+        for n in range(6):
+            assert apart([model.read(model.fit(images[n:n + 1]))[0]], [logits[n]]) <= 1e-10
+        swapped = tokens[:, [3, 1, 2, 0, *range(4, 16)]]
+        assert apart([model.read(swapped)], [logits]) <= 1e-12                 # beta is 0 at the start
+        torch.nn.init.normal_(model.reader.beta, std=0.01)
+        assert apart([model.read(swapped)], [model.read(tokens)]) > 1e-4
+
+
+def test_parameter_counts():
+    """The paper's Table 4."""
+    def count(*parts):
+        return sum(p.numel() for part in parts for p in part.parameters())
+    siren = Siren(2, 3, width=128, depth=4)
+    assert count(siren, MetaSGD(siren, steps=6)) == 465_414
+    assert count(Reader(4 * 64, 64, 10, depth=10)) == 273_034
+    assert count(Reader(4 * 128, 128, 10, depth=5)) == 581_258
+
+
+def test_concept_files_work_alone():
+    """Each file, copied into an empty folder, runs its own docstring's example with torch alone."""
+    uses = {
+        "siren.py": "from siren import *\nassert Siren()(coordinate_grid(4, 4), Siren().anchor()).shape == (16, 3)",
+        "reader.py": "import torch\nfrom reader import Reader\nassert Reader(8, 64, 3, depth=1)(torch.zeros(2, 8, 65)).shape == (2, 3)",
+        "inner_loop.py": """
+import torch
+from typing import NamedTuple
+from inner_loop import MetaSGD, textbook_loss_and_grad
+class W(NamedTuple):
+    only: torch.Tensor
+class Linear(torch.nn.Module):                     # any network with an anchor will do
+    def __init__(self):
+        super().__init__()
+        self.only = torch.nn.Parameter(torch.zeros(3, 2))
+    def anchor(self):
+        return W(self.only)
+    def forward(self, coords, weights):
+        return coords @ weights.only.mT
+    loss_and_grad = textbook_loss_and_grad
+net, x, y = Linear(), torch.eye(2), torch.ones(4, 2, 3)
+phi = MetaSGD(net, steps=1)(net, x, y)
+assert phi.only.shape == (4, 3, 2) and (phi.only > 0).all()"""}
+    with folder() as here:
+        for name, code in uses.items():
+            alone = here / name[:-3]
+            alone.mkdir()
+            shutil.copy(HERE / name, alone)
+            environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+            done = subprocess.run([sys.executable, "-c", code], cwd=alone, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, (name, done.stderr)
+
+
+# ---- outer gradients ---------------------------------------------------------------------------------------------------
+
+def test_outer_gradients_against_the_textbook():
+    """One first-order pass against autograd through autograd in two passes, in float64, per group of parameters."""
+    with float64():
+        for w_task in (0.0, 0.01, 1.0):
+            for fraction in (1.0, 0.5):
+                images, labels = batch()
+                pixels = None if fraction == 1 else draw_pixels(4, 5, 36, fraction)
+                fast, slow = (tiny_model(textbook, w_task=w_task, fraction=fraction) for textbook in (False, True))
+                fast(images, labels, pixels)[:2].sum().backward()
+                train.textbook_backward(slow, images, labels, pixels)
+                for name, expected in grads(slow).items():
+                    assert all(g.abs().max() > 0 for g in expected), name
+                    assert apart(grads(fast)[name], expected) <= 1e-8, (name, w_task, fraction)
+
+
+def test_compiled_against_eager():
+    if not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
+        raise Skipped("torch.compile needs a C++ compiler")
+    images, labels = batch()
+    eager, model = (tiny_model(depth=1, steps=2, reader_depth=1) for _ in range(2))
+    compiled = torch.compile(model, fullgraph=True)
+    for m in (eager, compiled):
+        m(images, labels)[:2].sum().backward()
+    for name, expected in grads(eager).items():
+        assert apart(grads(model)[name], expected) <= 1e-4, name
+    assert list(model.state_dict()) == list(eager.state_dict())
+
+
+def test_class_loss_does_not_reach_the_inr_at_w_task_0():
+    images, labels = batch()
+    for w_task in (0.0, 0.1):
+        model = tiny_model(w_task=w_task)
+        model(images, labels)[0].backward()
+        touched = [float(g.abs().max()) > 0 for g in grads(model)["siren"][:2] + grads(model)["inner_loop"]]
+        assert all(touched) if w_task else not any(touched)
+        assert all(float(g.abs().max()) > 0 for g in grads(model)["reader"])
+        assert w_task or not any(float(g.abs().max()) > 0 for g in grads(model)["siren"])
+
+
+# ---- data --------------------------------------------------------------------------------------------------------------
+
+def test_digits_split_and_range():
+    args = train.settings({})
+    data, test = train.load_dataset(args)
+    assert (len(data), len(test)) == (1437, 360) and data.pixels.dtype == torch.uint8
+    both = torch.bincount(data.labels) + torch.bincount(test.labels)
+    assert both.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]  # the UCI file's
+    assert (torch.bincount(test.labels) - both * 360 / 1797).abs().max() < 1
+    signal = data.signal(data.pixels)
+    assert signal.min() == -1 and signal.max() == 1 and set(signal.unique().tolist()) == {i / 8 - 1 for i in range(17)}
+
+
+def test_subsets_are_stratified_and_always_the_same():
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    rows = train.stratified(labels, 11)
+    assert rows.tolist() == sorted(set(rows.tolist())) and torch.bincount(labels[rows]).tolist() == [6, 3, 2]
+    assert torch.equal(rows, train.stratified(labels, 11))
+    assert set(train.stratified(labels, 10).tolist()) < set(train.stratified(labels, 20).tolist())
+    whole, _ = train.load_dataset(train.settings({}))
+    data, held = train.load_dataset(train.settings({"val": 0.2}))
+    assert len(held) == round(0.2 * 1437) and len(data) + len(held) == 1437
+    seen = {bytes(x.numpy()) for x in data.pixels.flatten(1)}
+    unique = {bytes(x.numpy()) for x in held.pixels.flatten(1)}
+    assert not seen & unique and len(seen | unique) == len({bytes(x.numpy()) for x in whole.pixels.flatten(1)})
+
+
+def test_image_files_of_every_mode():
+    from PIL import Image
+    with folder() as here:
+        ramp = np.linspace(0, 255, 24 * 20).reshape(20, 24).astype(np.uint8)
+        colour = np.stack([ramp, ramp.T.reshape(20, 24), 255 - ramp], -1)
+        Image.fromarray(colour).save("rgb.png")
+        for mode, name in (("L", "l.png"), ("RGBA", "rgba.png"), ("P", "p.png"), ("CMYK", "cmyk.jpg"), ("LA", "la.png"), ("1", "1.png")):
+            Image.fromarray(colour).convert(mode).save(name)
+        Image.fromarray(ramp.astype(np.uint16) * 257).save("deep.png")
+        Image.fromarray(ramp.astype(np.int32) * 257).save("deep.tif")
+        for name in ("rgb.png", "l.png", "rgba.png", "p.png", "cmyk.jpg", "la.png", "1.png", "deep.png", "deep.tif"):
+            x = train.decode(name, 16)
+            assert x.shape == (3, 16, 16) and x.dtype == torch.uint8 and x.float().std() > 20, name
+        for name in ("deep.png", "deep.tif"):      # 16 bits are scaled, not clipped
+            Image.fromarray(ramp).save("shallow.png")
+            assert (train.decode(name, 16).int() - train.decode("shallow.png", 16).int()).abs().max() <= 1, name
+        plain = train.decode("rgb.png", 24).float()
+        assert (train.decode("rgba.png", 24).float() - plain).abs().max() == 0
+        # antialiased: a checkerboard shrinks to grey
+        save_image(here / "board.png", (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+        assert (train.decode("board.png", 8).float() - 127.5).abs().max() < 10
+
+
+def test_folder_resident_and_streamed_agree():
+    with folder() as here:
+        root = image_folder(here / "set", second="val")
+        args = train.settings({"dataset": str(root), "size": 8, "workers": 2})
+        data, test = train.load_dataset(args)
+        assert (len(data), len(test), data.classes, data.channels) == (36, 12, ["a", "b", "c"], 3)
+        limit, train.RESIDENT_BYTES = train.RESIDENT_BYTES, 0
+        try:
+            streamed, _ = train.load_dataset(args)
+        finally:
+            train.RESIDENT_BYTES = limit
+        assert data.pixels is not None and streamed.pixels is None
+        order = [torch.tensor([5, 0, 35]), torch.tensor([7])]
+        for workers in (0, 2):
+            for (a, la), (b, lb) in zip(data.batches(order, "cpu"), streamed.batches(order, "cpu", workers), strict=True):
+                assert torch.equal(a, b) and torch.equal(la, lb)
+
+
+def test_torchvision_files():
+    """Fashion-MNIST in its own file format, made here, read by torchvision's class; no network."""
+    with folder() as here:
+        raw = here / "data" / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for split, n in (("train", 40), ("t10k", 20)):
+            images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 10
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(np.array([0x803, n, 28, 28], ">i4").tobytes() + images.tobytes())
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + labels.tobytes())
+        data, test = train.load_dataset(train.settings({"dataset": "fashion_mnist", "data_root": str(here / "data")}))
+        assert data.pixels.shape == (40, 1, 28, 28) and len(test) == 20 and len(data.classes) == 10
+        assert torch.equal(test.pixels[:, 0], torch.from_numpy(images)) and test.labels.tolist() == labels.tolist()
+        small, _ = train.load_dataset(train.settings({"dataset": "fashion_mnist", "data_root": str(here / "data"), "size": 14}))
+        assert small.pixels.shape == (40, 1, 14, 14)
+
+
+def test_augmentation_at_low_resolution():
+    g = torch.Generator().manual_seed(0)
+    images, u = torch.randint(256, (20, 3, 32, 32), generator=g, dtype=torch.uint8), torch.rand(20, 6, generator=g)
+    for flip in (False, True):
+        got = train.augment(images, u, flip)
+        for n in range(20):
+            padded = np.pad(images[n].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+            y, x = int(u[n, 0] * 9), int(u[n, 1] * 9)
+            expected = padded[:, y:y + 32, x:x + 32]
+            if flip and u[n, 2] < 0.5:
+                expected = expected[:, :, ::-1]
+            assert np.array_equal(got[n].numpy(), expected)
+
+
+def test_augmentation_at_high_resolution():
+    size = 64
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
+    ramps = torch.stack([x, y, torch.ones_like(x)]).expand(200, -1, -1, -1)
+    still = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5, 0.9]).expand(200, 6)        # no angle, whole area, centred, no flip
+    assert torch.allclose(train.augment(ramps, still, True), ramps, atol=1e-5)
+    mirrored = still.clone()
+    mirrored[:, 5] = 0.1
+    assert torch.allclose(train.augment(ramps, mirrored, True), ramps.flip(-1), atol=1e-5)
+    assert torch.allclose(train.augment(ramps, mirrored, False), ramps, atol=1e-5)
+    # On linear ramps bilinear look-up is exact, so finite differences give back the map: scale, aspect and angle.
+    u = torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
+    u[:, 3:5] = 0.5
+    moved = train.augment(ramps, u, False)[:, :2]
+    centre = slice(size // 2 - 4, size // 2 + 4)
+    along_x = moved[:, :, centre, centre].diff(dim=-1).mean((-1, -2)) * size / 2          # (N, 2): d(x, y) / dx
+    along_y = moved[:, :, centre, centre].diff(dim=-2).mean((-1, -2)) * size / 2
+    w, h = along_x.norm(dim=1), along_y.norm(dim=1)
+    assert torch.allclose(w * h, 0.8 + 0.2 * u[:, 1], atol=1e-4) and w.max() <= 1.0001 and h.max() <= 1.0001
+    assert (w / h).min() > 3 / 4 and (w / h).max() < 4 / 3
+    angle = torch.atan2(along_x[:, 1], along_x[:, 0])
+    assert torch.allclose(angle, (2 * u[:, 0] - 1) * math.pi / 6, atol=1e-4)
+
+
+# ---- measures ----------------------------------------------------------------------------------------------------------
+
+def test_psnr_and_interval_by_hand():
+    assert abs(float(train.psnr(torch.tensor(0.04))) - 20) < 1e-5              # in [0, 1]: MSE 0.01
+    assert float(train.psnr(torch.tensor(0.0))) == 100
+    low, high = train.wilson(45, 50)               # Wilson (1927) by the quadratic formula: roots of (p - x)^2 = z^2 x (1 - x) / n
+    for x in (low, high):
+        assert abs((0.9 - x) ** 2 - 1.959964 ** 2 * x * (1 - x) / 50) < 1e-9
+    assert low < 0.9 < high and train.wilson(0, 10)[0] == 0 and train.wilson(10, 10)[1] > 1 - 1e-12
+
+
+def test_evaluation_against_one_image_at_a_time():
+    args = train.settings({"test_size": 30, "width": 8, "head_dim": 4})
+    _, test = train.load_dataset(args)
+    model = train.build_model(args, 1, 10)
+    result = train.evaluate(model, test)
+    right, decibels = 0, []
+    for image, label in zip(test.signal(test.pixels), test.labels):
+        phi = model.adapt(image[None])
+        right += int(model.read(model.tokens(phi)).argmax()) == int(label)
+        pixels = ((model.siren(model.coords, phi)[0].clamp(-1, 1) + 1) / 2).detach()
+        decibels.append(10 * math.log10(1 / float((pixels - (image.flatten(1).mT + 1) / 2).square().mean())))
+    assert result["test_accuracy"] == right / 30 and abs(result["test_psnr"] - np.mean(decibels)) < 1e-3
+    part = train.build_model(train.settings({"width": 8, "head_dim": 4, "fraction": 0.3}), 1, 10)
+    assert train.evaluate(part, test) == train.evaluate(part, test)            # the same pixels each time
+
+
+# ---- the outer loop ----------------------------------------------------------------------------------------------------
+
+def test_training_learns_and_reports():
+    """A small run on digits gets well above chance, and writes what it says it writes."""
+    with folder():
+        status, out, err = command("--train-size 700 --epochs 8 --width 32 --depth 1 --reader-depth 2 --steps 3 --lr 1e-2 "
+                                   "--test-size 180 --val 0.2".split())
+        assert status == 0, err
+        report = json.loads(Path("out.json").read_text())
+        assert report["test_accuracy"] > 0.8 and report["test_psnr"] > 20
+        assert report["epochs"][0]["loss"] > report["epochs"][-1]["loss"] and len(report["epochs"]) == 8
+        assert report["epochs"][-1]["test_accuracy"] == report["test_accuracy"]
+        assert report["flags"]["width"] == 32 and report["versions"]["torch"] == torch.__version__ and report["seconds"] > 0
+        assert Path("out.png").read_bytes().startswith(b"\x89PNG") and not Path("out.pt.tmp").exists()
+        assert set(train.read_checkpoint("out.pt")) == {"format", "version", "args", "data", "model", "metrics"}
+        assert "95% interval" in out and "held-out" in out and out.count("\nepoch") == 8
+        before = Path("out.pt").read_bytes()
+        status, out, _ = command(["--eval-only", "--ckpt", "out.pt"])
+        assert status == 0 and f"{100 * report['test_accuracy']:.2f}%" in out and Path("out.pt").read_bytes() == before
+        status, out, _ = command(["--resume"])
+        assert status == 0 and "finished" in out
+        model, args = train.load_checkpoint("out.pt")
+        assert args.width == 32 and model.siren.first.shape == (32, 3)
+
+
+def test_frozen_siren_and_new_reader():
+    with folder():
+        for argv in (["--w-task", "0", "--seed", "1", "--out", "wt.pt"],
+                     ["--init-from", "wt.pt", "--freeze-siren", "--out", "seq.pt"]):
+            status, _, err = command([*TINY, *argv])
+            assert status == 0, err
+        wt, seq = (train.load_checkpoint(p)[0].state_dict() for p in ("wt.pt", "seq.pt"))
+        for key in wt:
+            if not key.startswith("reader"):
+                assert torch.equal(wt[key], seq[key]), key
+        assert not torch.equal(wt["reader.embed.weight"], seq["reader.embed.weight"])
+        status, _, err = command(["--init-from", "wt.pt", "--width", "16"])
+        assert status == 2 and "--width" in err
+
+
+def test_shared_step_sizes_and_steps_at_test_time():
+    with folder():
+        assert command([*TINY, "--shared-lr"])[0] == 0
+        results = [command(["--eval-only", "--ckpt", "out.pt", "--steps-test", str(k)]) for k in (1, 2, 6)]
+        assert [r[0] for r in results] == [0, 0, 0] and len({r[1] for r in results}) == 3
+        assert command(["--eval-only", "--ckpt", "out.pt"])[1] == results[1][1]
+
+
+def test_same_core_whatever_the_reader():
+    one, other = tiny_model(), tiny_model(reader_depth=3, w_task=0.0)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+    assert not torch.equal(one.siren.first, tiny_model(seed=1).siren.first)
+
+
+def test_precision_bf16_stays_close():
+    images, labels = batch()
+    exact, rough = tiny_model(), tiny_model(bf16=True)
+    a, b = (m(images, labels) for m in (exact, rough))
+    assert a[1] == b[1] and a[0] != b[0] and abs(float(a[0] - b[0])) < 0.05    # the reader alone is in bf16
+    with folder():
+        status, _, err = command([*TINY, "--precision", "bf16"])
+        assert status == 0, err
+        assert all(p.dtype == torch.float32 for p in train.load_checkpoint("out.pt")[0].parameters())
+
+
+def test_resume_after_kill_bit_for_bit():
+    """Four epochs in one go, against the same killed with SIGKILL in epoch 3 and resumed."""
+    flags = [*TINY, "--epochs", "4", "--fraction", "0.5", "--augment", "--save-minutes", "0"]
+    with folder():
+        straight, killed = start([*flags, "--out", "straight.pt"]), start([*flags, "--out", "killed.pt"])
+        deadline = time.monotonic() + 100
+        while killed.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(train.InputError):
+                progress = train.read_checkpoint("killed.pt").get("progress", {"epoch": 9})
+                if progress["epoch"] >= 2 and progress["step"] >= 3:
+                    break
+            time.sleep(0.005)
+        killed.kill()
+        killed.communicate()
+        assert finish(straight)[0] == 0
+        content = train.read_checkpoint("killed.pt")
+        assert content["progress"]["epoch"] == 2 and 3 <= content["progress"]["step"] < 10, "the kill came too late"
+        # the flag that would change the result is refused, the harmless one is not
+        status, _, err = command(["--resume", "--out", "killed.pt", "--lr", "0.5"])
+        assert status == 2 and "--lr" in err
+        status, _, err = command([*TINY, "--out", "killed.pt"])
+        assert status == 2 and "--resume" in err
+        assert finish(start(["--resume", "--out", "killed.pt", "--save-minutes", "5"]))[0] == 0
+        a, b = (train.read_checkpoint(p) for p in ("straight.pt", "killed.pt"))
+        assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+        for x, y in zip(a["metrics"]["epochs"], b["metrics"]["epochs"], strict=True):
+            assert all(x[k] == y[k] for k in x if k not in ("seconds", "peak_memory_bytes"))
+
+
+def test_signals_save_and_say_how_to_resume():
+    with folder():
+        runs = {status: start([*TINY, "--epochs", "2000", "--out", f"{status}.pt"]) for status in (130, 143)}
+        for status, process in runs.items():
+            assert process.stdout.readline().startswith("digits")
+            while not process.stdout.readline().startswith("epoch"):
+                assert process.poll() is None, process.stderr.read()
+            process.send_signal(signal.SIGINT if status == 130 else signal.SIGTERM)
+        for status, process in runs.items():
+            got, _, err = finish(process)
+            assert got == status and f"--resume --out {status}.pt" in err and "Traceback" not in err, (got, err)
+            assert train.read_checkpoint(f"{status}.pt")["progress"]["epoch"] >= 1
+
+
+def test_checkpoint_survives_a_kill_while_saving():
+    with folder():
+        rng = random.Random(0)
+        content = {"args": train.RECIPE, "data": {}, "metrics": {}}
+        for round in range(8):
+            child = os.fork()
+            if child == 0:
+                i = 0
+                while True:        # always all zeros, all ones, ...: a mixture would be a torn file
+                    train.save_checkpoint("out.pt", content | {"model": {str(j): torch.full((200_000,), i) for j in range(8)}})
+                    i += 1
+            while not Path("out.pt").exists():
+                time.sleep(0.01)
+            time.sleep(0.2 * rng.random())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            model = train.read_checkpoint("out.pt")["model"]
+            assert len({int(v) for x in model.values() for v in (x.min(), x.max())}) == 1
+
+
+def test_loss_that_is_not_finite_stops_the_run():
+    with folder():
+        status, _, err = command([*TINY, "--epochs", "40", "--lr", "1e37", "--save-minutes", "0"])
+        assert status == 1 and "not finite at epoch" in err and err.count("\n") == 1, err
+        if Path("out.pt").exists():
+            model, _ = train.load_checkpoint("out.pt")
+            assert all(torch.isfinite(p).all() for p in model.parameters()) and "last good checkpoint" in err
+
+
+def test_two_processes_equal_one():
+    """torchrun, gloo, float64: gradients of the first step to 1e-10, weights after 20 steps to 1e-9."""
+    code = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_default_dtype(torch.float64)
+import train
+plain, seen = train.backward, []
+def spy(forward, groups, *batch):
+    stats = plain(forward, groups, *batch)
+    if not seen:
+        seen.append(1)
+        torch.save([p.grad.clone() for g in groups for p in g["params"]], f"grads{train.WORLD}{train.RANK}.pt")
+    return stats
+train.backward = spy
+train.main(sys.argv[2:])
+"""
+    flags = [*TINY, "--fraction", "0.5", "--augment", "--test-size", "39"]
+    with folder():
+        one = subprocess.Popen([sys.executable, "-c", code, HERE, *flags, "--out", "one.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert finish(one)[0] == 0
+        two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable, "-c", code,
+                                HERE, *flags, "--batch-size", "8", "--out", "two.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        status, out, err = finish(two)
+        assert status == 0, err
+        assert out.count("\nepoch") == 2, out                                  # only the first process prints
+        gradients = [torch.load(f"grads{name}.pt", weights_only=True) for name in ("10", "20", "21")]
+        assert apart(gradients[1], gradients[0]) <= 1e-10 and apart(gradients[2], gradients[1]) == 0
+        a, b = (train.read_checkpoint(p) for p in ("one.pt", "two.pt"))
+        assert apart(b["model"].values(), a["model"].values()) <= 1e-9
+        assert a["model"]["siren.first"].dtype == torch.float64
+        for x, y in zip(a["metrics"]["epochs"], b["metrics"]["epochs"], strict=True):
+            assert abs(x["loss"] - y["loss"]) < 1e-9 and x["test_accuracy"] == y["test_accuracy"] and abs(x["test_psnr"] - y["test_psnr"]) < 1e-4
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------------
+
+def refused(argv, *words):
+    """Exit status 2, one line that has the words in it, nothing written."""
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    status, out, err = command(argv)
+    assert status == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ") and not out, (argv, status, out, err)
+    assert all(str(w) in err for w in words), (argv, words, err)
+    assert before == {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}, argv
+
+
+def test_bad_values():
+    with folder():
+        for argv, word in [("--steps -3", "--steps"), ("--steps 0", "--steps"), ("--fraction 0", "--fraction"), ("--fraction 1.5", "--fraction"),
+                           ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--w-task -1", "--w-task"), ("--epochs two", "--epochs"), ("--val 1", "--val"),
+                           ("--head-dim 5", "--head-dim"), ("--batch-size 5000", "1437"), ("--train-size 9999", "1437"), ("--train-size 10", "--batch-size"),
+                           ("--device tpu9", "--device"), ("--device cuda:99", "--device"), ("--precision fp8", "--precision"), ("--out nowhere/out.pt", "nowhere"),
+                           ("--out out.txt", ".pt"), ("--no-such-flag", "--no-such-flag"), ("--steps-test 9", "--shared-lr"), ("--fraction 0.001", "pixel"),
+                           ("--dataset no/such/folder", "no/such/folder"), ("--eval-only", "--ckpt"), ("--resume", "out.pt"), ("--init-from gone.pt", "gone.pt"),
+                           ("--eval-only --ckpt gone.pt", "gone.pt"), ("--dataset", "--dataset")]:
+            refused(argv.split(), word)
+        Path("dir.pt").mkdir()
+        refused(["--out", "dir.pt"], "dir.pt")
+        Path("precious.pt").write_text("something else")
+        refused(["--out", "precious.pt"], "precious.pt", "overwritten")
+
+
+def test_bad_data():
+    with folder() as here:
+        refused(["--dataset", "mnist", "--data-root", str(image_folder(here / "no-mnist"))], "no-mnist") if os.environ.get("OFFLINE") else None
+        (here / "one-split" / "train" / "a").mkdir(parents=True)
+        refused(["--dataset", "one-split"], "one-split")
+        image_folder(here / "one-class", classes="a")
+        refused(["--dataset", "one-class", "--batch-size", "4"], "one class")
+        shutil.copytree(image_folder(here / "other"), here / "differ")
+        (here / "differ" / "test" / "c").rename(here / "differ" / "test" / "d")
+        refused(["--dataset", "differ", "--batch-size", "4"], "differ", "c, d")
+        (here / "other" / "train" / "b" / "005.png").write_bytes(b"not an image")
+        refused(["--dataset", "other", "--size", "8", "--batch-size", "4"], os.path.join("other", "train", "b", "005.png"), "decoded")
+
+
+def test_broken_image_met_while_streaming_is_named_after_saving():
+    with folder() as here:
+        image_folder(here / "set")
+        whole = (here / "set" / "train" / "b" / "005.png").read_bytes()
+        (here / "set" / "train" / "b" / "005.png").write_bytes(whole[:100])
+        flags = "--dataset set --size 8 --width 8 --depth 1 --steps 1 --reader-depth 0 --head-dim 4 --batch-size 4 --epochs 1".split()
+        limit, train.RESIDENT_BYTES = train.RESIDENT_BYTES, 0
+        try:
+            for workers in ("0", "2"):
+                status, _, err = command([*flags, "--workers", workers, "--out", f"{workers}.pt"])
+                assert status == 2 and err.count("\n") == 1 and "005.png" in err, err
+                met = train.read_checkpoint(f"{workers}.pt")["progress"]
+            (here / "set" / "train" / "b" / "005.png").write_bytes(whole)
+            status, _, err = command(["--resume", "--out", "2.pt"])
+            assert status == 0 and met["step"] < 9, err
+        finally:
+            train.RESIDENT_BYTES = limit
+
+
+def test_bad_checkpoints():
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch harm",)
+
+    with folder():
+        assert command([*TINY, "--epochs", "1"])[0] == 0
+        content = torch.load("out.pt", weights_only=True)
+        whole = Path("out.pt").read_bytes()
+        Path("half.pt").write_bytes(whole[:len(whole) // 2])
+        Path("empty.pt").write_bytes(b"")
+        torch.save(Evil(), "evil.pt")
+        torch.save({"weights": torch.zeros(3)}, "other.pt")
+        torch.save(content | {"version": 99}, "future.pt")
+        torch.save({k: v for k, v in content.items() if k != "model"}, "part.pt")
+        torch.save(content | {"args": content["args"] | {"width": 10 ** 9}}, "huge.pt")
+        torch.save(content | {"args": content["args"] | {"size": "big"}}, "typed.pt")
+        for name, word in [("half", "truncated"), ("empty", "truncated"), ("evil", "another kind"), ("other", "not a checkpoint of routed-inr"),
+                           ("future", "version 99"), ("part", "missing"), ("huge", "damaged"), ("typed", "damaged")]:
+            refused(["--eval-only", "--ckpt", f"{name}.pt"], f"{name}.pt", word)
+        assert not Path("harm").exists()
+        refused(["--eval-only", "--ckpt", "out.pt", "--width", "99"], "--width")
+        refused(["--eval-only", "--ckpt", "out.pt", "--steps-test", "5"], "--shared-lr")
+
+
+def test_bad_input_on_the_command_line():
+    with folder():
+        for argv, launch in [(["--steps", "x"], ()), (["--dataset", "nowhere"], ()), (["--eval-only", "--ckpt", "gone.pt"], ())]:
+            status, out, err = finish(start(argv, launch))
+            assert status == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ") and not out, (argv, status, out, err)
+        assert not list(Path().iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+
+def main(words: list[str]):
+    tests = [(name, f) for name, f in globals().items() if name.startswith("test_") and all(w in name for w in words)]
+    passed, failed, skipped = 0, 0, 0
+    for name, test in tests:
+        began = time.monotonic()
+        try:
+            test()
+            verdict, passed = "ok", passed + 1
+        except Skipped as reason:
+            verdict, skipped = f"skipped: {reason}", skipped + 1
+        except Exception:
+            traceback.print_exc()
+            verdict, failed = "FAILED", failed + 1
+        print(f"{name[5:]:70s} {time.monotonic() - began:6.1f} s  {verdict}", flush=True)
+    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    sys.exit(1 if failed or not tests else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
