@@ -69,22 +69,22 @@ class Siren(nn.Module):
         """Each image's loss, the mean squared error over pixels and channels, and its gradient with respect to `weights`.
 
         coords (P, in_features) or (N, P, in_features), values (N, P, out_features), weights with or without the leading N.
-        Returns loss (N,) and Weights with the leading N. Back-propagation written out: with z the pre-activation of a
-        layer and d = dL/dz, dL/dW = d^T a for the layer's input a, dL/db = sum of d, and one layer down d <- (d W) * da/dz.
+        Returns loss (N,) and Weights with the leading N. This is back-propagation written out: with u = W a + b of a layer
+        and d = dL/du, dL/dW = d^T a and dL/db = the sum of d, both over pixels; one layer down d <- (d W) * d sin(omega u)/du.
         Weights without the leading dimension (all images at the anchor) are pushed forward once for the whole batch.
         """
         a, inputs, slopes = coords, [], []
         for weight, omega in self.layers(weights):
             z = omega * affine(a, weight)                  # (N, P, width)
             inputs.append(a)
-            slopes.append(omega * torch.cos(z))            # da/dz of the affine part z / omega
+            slopes.append(omega * torch.cos(z))            # d sin(omega u) / du
             a = torch.sin(z)
         error = self.scale * self.head(a) - values         # (N, P, out)
         loss = error.square().mean((-2, -1))               # (N,)
-        d = (2 / error[0].numel()) * (error * self.scale) @ self.head.weight      # dL/da (N, P, width)
-        grads = []
+        d = (2 / error[0].numel()) * self.scale * error    # dL/d(head's output) (N, P, out)
+        above, grads = self.head.weight, []
         for (weight, _), a, slope in zip(reversed(self.layers(weights)), reversed(inputs), reversed(slopes)):
-            d = d * slope                                  # dL/dz (N, P, width)
+            d = (d @ above) * slope                        # dL/d(affine part) (N, P, width)
             grads.append(torch.cat([d.mT @ a, d.sum(-2).unsqueeze(-1)], dim=-1))  # (N, width, in + 1)
-            d = d @ weight[..., :-1]                       # dL/da one layer down
+            above = weight[..., :-1]
         return loss, Weights(grads[-1], torch.stack(grads[-2::-1], dim=-3))

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -30,13 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:                # Windows
+    resource = None
+
 from inner_loop import MetaSGD, draw_pixels, take_pixels
 from reader import Reader
 from siren import Siren, Weights, coordinate_grid
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Settings
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------------------------------
 
 # The paper's recipe for CIFAR-10, MNIST and Fashion-MNIST, then what differs elsewhere. An explicit flag always wins.
 RECIPE = dict(
@@ -61,6 +65,15 @@ EVAL_POINTS = 1 << 17          # image points evaluated at once
 
 class InputError(Exception):
     """The user's input cannot be used: one line that says what is wrong, where, and what to do."""
+    status = 2
+
+
+class Stop(Exception):
+    """The run ends here with this exit status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
 
 
 def generator(*key, device: torch.device | str = "cpu") -> torch.Generator:
@@ -78,9 +91,7 @@ def seeded(*key):
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Data
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------------------------------
 
 def decode(path: str, size: int) -> Tensor:
     """An image file of any size and mode, squashed to a square: uint8 (3, size, size)."""
@@ -243,17 +254,11 @@ def load_dataset(args, device: torch.device | str = "cpu", train: bool = True) -
     return found["train"], found["test"]
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Augmentation: whole batches, on the device
-# ------------------------------------------------------------------------------------------------------------------------
-
-def augment(images: Tensor, u: Tensor, flip: bool) -> Tensor:
-    """Randomly moved images (N, C, size, size), by six uniform numbers u (N, 6) an image. Integer in, integer out below 64 pixels."""
-    return augment_low(images, u, flip) if images.shape[-1] < 64 else augment_high(images, u, flip)
-
+# ---- Augmentation: whole batches, on the device --------------------------------------------------------------------------
 
 def augment_low(images: Tensor, u: Tensor, flip: bool) -> Tensor:
-    """Crop out of 4 pixels of reflection (of a quarter of the image where that is less), horizontal flip."""
+    """Images (N, C, size, size) cropped out of 4 pixels of reflection (a quarter of the image where that is less), and flipped,
+    by uniform numbers u (N, 6). Below 64 pixels a side."""
     n, _, size, _ = images.shape
     pad = min(4, size // 4)
 
@@ -269,9 +274,8 @@ def augment_low(images: Tensor, u: Tensor, flip: bool) -> Tensor:
 
 
 def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
-    """Reflection beyond the edge, rotation by up to 30 degrees, crop of area 0.8 to 1 and aspect 3/4 to 4/3, flip: one bilinear look-up.
-
-    An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
+    """Reflection beyond the edge, rotation by up to 30 degrees, crop of area 0.8 to 1 and aspect 3/4 to 4/3, flip, in one
+    bilinear look-up. An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
     """
     angle = (2 * u[:, 0] - 1) * math.radians(30)
     area = 0.8 + 0.2 * u[:, 1]
@@ -288,9 +292,7 @@ def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Model
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Model ---------------------------------------------------------------------------------------------------------------
 
 class MWT(nn.Module):
     """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1]."""
@@ -330,22 +332,23 @@ class MWT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             return self.reader(tokens, flow)
 
-    def squared_error(self, images: Tensor, weights: Weights, pixels: Tensor | None = None, clamp: bool = False) -> Tensor:
-        """Mean squared error (N,) of the reconstruction, over all pixels or those numbered by pixels (N, n)."""
+    def reconstruct(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None,
+                    clamp: bool = False) -> tuple[Weights, Tensor]:
+        """phi and each image's mean squared error (N,) there. pixels (k + 1, N, n): what each inner step and the error look at."""
         coords, values = self.coords, images.flatten(2).mT                     # (P, 2), (N, P, C)
+        weights = self.adapt(images, steps, None if pixels is None else pixels[:-1])
         if pixels is not None:
-            coords, values = take_pixels(coords, values, pixels)
+            coords, values = take_pixels(coords, values, pixels[-1])
         prediction = self.siren(coords, weights)
-        return ((prediction.clamp(-1, 1) if clamp else prediction) - values).square().mean((-2, -1))
+        return weights, ((prediction.clamp(-1, 1) if clamp else prediction) - values).square().mean((-2, -1))
 
     def forward(self, images: Tensor, labels: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """The outer losses of a batch, means over images: class loss, reconstruction; beside them accuracy and PSNR (dB): (4,).
+        """Means over a batch (4,): class loss and reconstruction, the two outer losses, and accuracy and PSNR (dB).
 
-        pixels (k + 1, N, n): what each inner step and the reconstruction look at. The class loss reaches the INR with weight
-        w_task: the gradient is scaled where tokens enter the reader, so that one backward pass serves both losses.
+        The class loss reaches the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that one
+        backward pass serves both losses.
         """
-        weights = self.adapt(images, pixels=None if pixels is None else pixels[:-1])
-        error = self.squared_error(images, weights, None if pixels is None else pixels[-1])    # (N,)
+        weights, error = self.reconstruct(images, pixels=pixels)
         tokens = self.tokens(weights)
         value = tokens.detach()
         logits = self.read(value + self.w_task * (tokens - value) if self.w_task else value).to(tokens.dtype)
@@ -364,9 +367,7 @@ def build_model(args, channels: int, classes: int) -> MWT:
     return MWT(channels, args.size, classes, bf16=args.precision == "bf16", **{key: getattr(args, key) for key in keys})
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------------
 
 FORMAT, VERSION = "routed-inr", 1
 
@@ -396,24 +397,23 @@ def read_checkpoint(path: str | Path) -> dict:
         raise InputError(f"{path}: not a checkpoint of {FORMAT}")
     if content.get("version") != VERSION:
         raise InputError(f"{path}: checkpoint version {content.get('version')}, but this program reads version {VERSION}")
-    if not all(isinstance(content.get(key), dict) for key in ("args", "data", "model", "metrics")):
+    if not all(isinstance(content.get(key), kind) for key, kind in dict(args=dict, data=tuple, model=dict, metrics=dict).items()):
         raise InputError(f"{path}: a damaged checkpoint: parts of it are missing")
-    given = {key: value for key, value in content["args"].items() if value is not None and value is not False}
     try:                           # its settings pass the same checks as a user's
-        known = vars(parser().parse_args([f"--{key.replace('_', '-')}" + (f"={value}" if value is not True else "")
-                                          for key, value in given.items()]))
+        known = vars(parser().parse_args(as_flags(content["args"])))
     except InputError as error:
         raise InputError(f"{path}: a damaged checkpoint: {error}") from error
-    if known != given or "size" not in known:
+    if "size" not in known or any(known.get(key) != value for key, value in content["args"].items() if value not in (None, False)):
         raise InputError(f"{path}: a damaged checkpoint: its settings are incomplete or of wrong types")
     return content | {"args": RECIPE | content["args"]}
 
 
 def model_from(content: dict, path: str | Path, device: torch.device | str) -> MWT:
-    args, data = argparse.Namespace(**content["args"]), content["data"]
+    args = argparse.Namespace(**content["args"])
     try:
+        channels, classes, _ = content["data"]
         with torch.device("meta"):                                             # takes no memory: the sizes are only claims
-            model = build_model(args, data["channels"], len(data["classes"]))
+            model = build_model(args, channels, len(classes))
         model.load_state_dict(content["model"], assign=True)
         model.coords = coordinate_grid(args.size, args.size).to(model.siren.first.dtype)
         return model.to(device)
@@ -427,9 +427,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
     return model_from(content, path, device), argparse.Namespace(**content["args"])
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Processes: with torchrun every process takes its rows of the global batch
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Processes: with torchrun every process takes its rows of the global batch -------------------------------------------
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -451,9 +449,7 @@ def agree(code: int, group=None) -> int:
     return int(code)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------------------------------
 
 def wilson(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95% interval of a proportion (Wilson, JASA 1927)."""
@@ -478,9 +474,7 @@ def evaluate(model: MWT, data: Images, steps: int | None = None, workers: int = 
         if len(images):
             pixels = model.draw(k + 1, len(order[b]), generator("evaluation", b, device=device))
             pixels = None if pixels is None else pixels[:, RANK::WORLD]
-            images = data.signal(images)
-            weights = model.adapt(images, steps, None if pixels is None else pixels[:-1])
-            error = model.squared_error(images, weights, None if pixels is None else pixels[-1], clamp=True)
+            weights, error = model.reconstruct(data.signal(images), steps, pixels, clamp=True)
             decibels[mine[b]] = psnr(error).to(decibels.dtype)
             correct[mine[b]] = (model.read(model.tokens(weights)).argmax(-1) == labels).to(correct.dtype)
     if WORLD > 1:
@@ -499,17 +493,7 @@ def summary(result: dict, args) -> str:
             f"n = {result['test_images']} {of}), PSNR {result['test_psnr']:.2f} dB{estimate}")
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Outer loop
-# ------------------------------------------------------------------------------------------------------------------------
-
-class Stop(Exception):
-    """The run ends here with an exit status, after saving what can be saved."""
-
-    def __init__(self, status: int, message: str = ""):
-        super().__init__(message)
-        self.status = status
-
+# ---- Outer loop ----------------------------------------------------------------------------------------------------------
 
 def parameter_groups(model: MWT, args) -> list[dict]:
     """Three groups, each with its learning rate and clipped by itself; frozen parameters are in none."""
@@ -532,8 +516,7 @@ def textbook_backward(model: MWT, images: Tensor, labels: Tensor, pixels: Tensor
 
     With a model whose siren has `loss_and_grad = textbook_loss_and_grad` nothing of the fast path is left in it.
     """
-    weights = model.adapt(images, pixels=None if pixels is None else pixels[:-1])
-    error = model.squared_error(images, weights, None if pixels is None else pixels[-1])
+    weights, error = model.reconstruct(images, pixels=pixels)
     F.cross_entropy(model.read(model.tokens(weights)), labels).backward(retain_graph=True)
     for p in [*model.siren.parameters(), *model.inner_loop.parameters()]:
         if p.grad is not None:
@@ -542,14 +525,10 @@ def textbook_backward(model: MWT, images: Tensor, labels: Tensor, pixels: Tensor
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the device on CUDA, else of the process; None where the system does not say."""
+    """Bytes: of the device on CUDA, else of the process; None where the system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:            # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def train(args, model: MWT, data: Images, test: Images, content: dict | None = None) -> dict:
@@ -630,7 +609,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                     now = epoch * steps_per_epoch + step
                     if args.augment:
                         u = torch.rand(global_batch, 6, generator=generator("augmentation", args.seed, now))
-                        images = augment(images, u[mine].to(device), flip=args.dataset not in ("digits", "mnist"))
+                        images = (augment_low if args.size < 64 else augment_high)(images, u[mine].to(device), flip=args.dataset not in ("digits", "mnist"))
                     pixels = model.draw(args.steps + 1, global_batch, generator("pixels", args.seed, now, device=device))
                     pixels = None if pixels is None else pixels[:, mine]
                     stats = backward(forward, groups, data.signal(images), labels, pixels)
@@ -646,7 +625,10 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                         read_at, (loss, _, accuracy, decibel) = time.monotonic(), stats.tolist()
                         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {100 * accuracy:.0f}%, PSNR {decibel:.1f} dB")
             # An evaluation that is interrupted is done again when the run goes on: all steps of the epoch are behind it.
-            result = evaluate(model, test, args.steps_test, args.workers, poll=lambda: look(epoch, steps_per_epoch))
+            try:
+                result = evaluate(model, test, args.steps_test, args.workers, poll=lambda: look(epoch, steps_per_epoch))
+            except InputError as error:
+                look(epoch, steps_per_epoch, error)
             loss, reconstruction, accuracy, decibel = (sums / steps_per_epoch).tolist()
             metrics.update(result)
             metrics["epochs"].append({
@@ -657,37 +639,23 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             first_step = 0
             save(epoch + 1, 0, finished=epoch + 1 == args.epochs)
             if RANK == 0:
-                print(epoch_line(metrics["epochs"][-1], args), flush=True)
+                last, name = metrics["epochs"][-1], "val" if args.val else "test"
+                memory = last["peak_memory_bytes"]
+                print(f"epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
+                      f"{name} accuracy {100 * result['test_accuracy']:.2f}%  {name} PSNR {result['test_psnr']:.2f} dB  "
+                      f"{last['seconds']:.1f} s" + (f"  peak {memory / 2**30:.2f} GiB" if memory else ""), flush=True)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return metrics
 
 
-def facts(data: Images) -> dict:
-    """What a checkpoint must know of its data."""
-    return {"channels": data.channels, "classes": list(data.classes), "images": len(data)}
+def facts(data: Images) -> tuple[int, list[str], int]:
+    """What a checkpoint must know of its training data: channels, class names, number of images."""
+    return data.channels, list(data.classes), len(data)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------------------------------
-
-def epoch_line(epoch: dict, args) -> str:
-    memory = "" if epoch["peak_memory_bytes"] is None else f"  peak {epoch['peak_memory_bytes'] / 2**30:.2f} GiB"
-    name = "val" if args.val else "test"
-    return (f"epoch {epoch['epoch']:3d}/{args.epochs}  loss {epoch['loss']:.4f}  reconstruction {epoch['reconstruction']:.5f}  "
-            f"{name} accuracy {100 * epoch['test_accuracy']:.2f}%  {name} PSNR {epoch['test_psnr']:.2f} dB  {epoch['seconds']:.1f} s{memory}")
-
-
-def write_json(path: Path, args, metrics: dict, device: torch.device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    report = {"command": " ".join(["python", *sys.argv]), "flags": vars(args), "versions": versions, "device": f"{device} ({name})",
-              "threads": torch.get_num_threads(), "processes": WORLD,
-              "evaluated_on": "validation share of the training set" if args.val else "test set", **metrics}
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
+# ---- Report --------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
@@ -737,14 +705,19 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
 
 
 def write_reports(args, model: MWT, test: Images, metrics: dict):
+    """args.out with .json and .png in place of .pt."""
     if RANK == 0:
-        write_json(Path(args.out).with_suffix(".json"), args, metrics, model.coords.device)
+        device = model.coords.device
+        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        report = {"command": command_line(args), "flags": vars(args), "device": f"{device}: {hardware}",
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+                  "threads": torch.get_num_threads(), "processes": WORLD,
+                  "evaluated_on": "validation share of the training set" if args.val else "test set", **metrics}
+        Path(args.out).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
         draw_figure(Path(args.out).with_suffix(".png"), args, model, test, metrics)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------------------------------
 
 def whole(low: int):
     def parse(text: str) -> int:
@@ -777,9 +750,10 @@ def parser() -> Parser:
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
 
     def flag(name: str, kind, text: str, **more):
-        usual, digits = RECIPE[name], DIGITS.get(name)
-        default = "" if usual is None or usual is False else f" (default {usual}" + (f"; digits {digits})" if digits is not None else ")")
-        group.add_argument("--" + name.replace("_", "-"), help=text + default, **({"type": kind} if kind else {"action": "store_true"}), **more)
+        usual = [] if RECIPE[name] is None or RECIPE[name] is False else [RECIPE[name]]
+        usual += [f"{where} {values[name]}" for where, values in (("digits", DIGITS), ("64 pixels and more", HIGH_RESOLUTION)) if name in values]
+        text += f" (default {'; '.join(map(str, usual))})" if usual else ""
+        group.add_argument("--" + name.replace("_", "-"), help=text, **({"type": kind} if kind else {"action": "store_true"}), **more)
 
     group = p.add_argument_group("data")
     flag("dataset", str, "digits, cifar10, mnist, fashion_mnist, or a folder with train/<class>/ and test/<class>/ or val/<class>/")
@@ -794,11 +768,11 @@ def parser() -> Parser:
     group = p.add_argument_group("model")
     flag("width", whole(1), "neurons a layer; also the reader's width")
     flag("depth", whole(1), "hidden layers of the SIREN")
-    flag("omega", number(0, open_low=True), "omega, frequency of the first layer (30 at 64 pixels and more)")
-    flag("steps", whole(1), "k, inner-loop steps (4 at 64 pixels and more)")
+    flag("omega", number(0, open_low=True), "omega, frequency of the first layer")
+    flag("steps", whole(1), "k, inner-loop steps")
     flag("steps_test", whole(1), "inner-loop steps in evaluation; other than k only with --shared-lr (default k)")
     flag("shared_lr", None, "one alpha for all inner steps")
-    flag("fraction", number(0, 1, open_low=True), "s, share of the pixels drawn at each inner step (0.25 at 64 pixels and more)")
+    flag("fraction", number(0, 1, open_low=True), "s, share of the pixels drawn at each inner step")
     flag("reader_depth", whole(0), "blocks of the reader")
     flag("head_dim", whole(1), "features an attention head; divides the width")
     flag("mlp_ratio", whole(1), "hidden over outer features in the reader's MLP")
@@ -806,7 +780,7 @@ def parser() -> Parser:
 
     group = p.add_argument_group("training")
     flag("w_task", number(0), "weight of the class loss for the INR; 0 is WT")
-    flag("epochs", whole(1), "passes over the training set (40 at 64 pixels and more)")
+    flag("epochs", whole(1), "passes over the training set")
     flag("batch_size", whole(1), "images a step and process")
     flag("lr", number(0, open_low=True), "peak learning rate of the SIREN and the reader")
     flag("lr_alpha", number(0, open_low=True), "peak learning rate of alpha, the inner step sizes")
@@ -828,12 +802,29 @@ def parser() -> Parser:
     return p
 
 
+def as_flags(values: dict) -> list[str]:
+    """The command line that gives these settings; what is None or False needs no flag."""
+    return ["--" + key.replace("_", "-") + ("" if value is True else f"={value}") for key, value in values.items()
+            if value is not None and value is not False]
+
+
+def recipe(dataset: str = RECIPE["dataset"], size: int | None = None) -> dict:
+    """All settings where no flag says otherwise."""
+    size = size or SIZE.get(dataset, 32)
+    return RECIPE | (DIGITS if dataset == "digits" else {}) | (HIGH_RESOLUTION if size >= 64 else {}) | {"dataset": dataset, "size": size}
+
+
+def command_line(args) -> str:
+    """The shortest command that makes this run, whatever flags it was started or gone on with."""
+    usual = recipe(args.dataset) | {"dataset": RECIPE["dataset"]}
+    run_only = {"resume", "eval_only", "ckpt", "compile", "workers"}
+    return shlex.join(["python", "train.py", *as_flags({k: v for k, v in vars(args).items() if v != usual[k] and k not in run_only})])
+
+
 def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
     """Explicit flags over a saved run's, or over the data set's recipe (and what --init-from brings)."""
     if saved is None:
-        dataset = explicit.get("dataset", RECIPE["dataset"])
-        size = explicit.get("size", SIZE.get(dataset, 32))
-        saved = RECIPE | {"size": size} | (DIGITS if dataset == "digits" else {}) | (HIGH_RESOLUTION if size >= 64 else {})
+        saved = recipe(**{key: explicit[key] for key in ("dataset", "size") if key in explicit})
         if "init_from" in explicit:
             core = read_checkpoint(explicit["init_from"])["args"]
             saved |= {key: core[key] for key in CORE}
@@ -864,12 +855,12 @@ def find_device(name: str) -> torch.device:
 
 
 def check_output(args):
-    """Before any work: can args.out be written, and would it destroy anything?"""
+    """Before any work: can args.out be written, and would that destroy anything?"""
     out = Path(args.out)
-    if out.suffix != ".pt":
-        raise InputError(f"--out {out}: the name must end in .pt")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    if out.suffix != ".pt" or not out.parent.is_dir():
+        raise InputError(f"--out {out}: " + ("the name must end in .pt" if out.suffix != ".pt" else f"there is no folder {out.parent}"))
+    if args.init_from and out.exists() and os.path.samefile(out, args.init_from):
+        raise InputError(f"--out {out}: would overwrite --init-from; choose another")
     for path in (out, out.with_suffix(".json"), out.with_suffix(".png"), Path(f"{out}.tmp")):
         if path.is_dir() or not os.access(path if path.exists() else out.parent, os.W_OK):
             raise InputError(f"--out {out}: {path} cannot be written")
@@ -877,60 +868,39 @@ def check_output(args):
         try:
             unfinished = "progress" in read_checkpoint(out)
         except InputError as error:
-            raise InputError(f"--out {out}: is there and would be overwritten, but is no checkpoint that can be read; choose another") from error
+            raise InputError(f"--out {out}: would overwrite a file that is no checkpoint of {FORMAT}; choose another") from error
         if unfinished:
-            raise InputError(f"--out {out}: holds an unfinished run; add --resume to go on with it, or delete it, or choose another")
+            raise InputError(f"--out {out}: holds an unfinished run; go on with it by --resume, or delete it, or choose another")
 
 
-def saved_run(explicit: dict) -> tuple[dict, dict]:
-    """The checkpoint to go on from, and the explicit flags once they are known to agree with it."""
-    path = explicit.get("out", RECIPE["out"])
-    content = read_checkpoint(path)
-    saved = content["args"]
-    if "progress" in content:                                                  # the same global batch on other processes
-        batch = explicit.get("batch_size", max(1, content["progress"]["global_batch"] // WORLD))
-        if batch * WORLD != content["progress"]["global_batch"]:
-            raise InputError(f"--batch-size {batch} on {WORLD} processes: the run in {path} has {content['progress']['global_batch']} in all")
-        explicit = explicit | {"batch_size": batch}
-        saved = saved | {"batch_size": batch}
+def check_changes(explicit: dict, content: dict, path: str, free: set[str]):
+    """Explicit flags may differ from a checkpoint's only where they do not change what it stands for."""
     for key, value in explicit.items():
-        if key not in FREE and value != saved[key]:
-            raise InputError(f"--{key.replace('_', '-')} {value}: but the run in {path} has {saved[key]}, and the result would differ")
-    return content, explicit
-
-
-def evaluate_only(explicit: dict):
-    if "ckpt" not in explicit:
-        raise InputError("--eval-only needs --ckpt")
-    content = read_checkpoint(explicit["ckpt"])
-    allowed = FREE | {"dataset", "train_size", "test_size", "val", "steps_test", "fraction", "precision"}
-    for key in set(explicit) - allowed:
-        if explicit[key] != content["args"][key]:
-            raise InputError(f"--{key.replace('_', '-')} {explicit[key]}: {explicit['ckpt']} was trained with {content['args'][key]}")
-    args = settings(explicit, content["args"] | {"out": None, "device": "auto", "eval_only": True})
-    if args.out:
-        check_output(args)
-    device = find_device(args.device)
-    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
-    model = model_from(content | {"args": vars(args)}, explicit["ckpt"], device)
-    _, test = load_dataset(args, device, train=False)
-    if (test.channels, len(test.classes)) != (content["data"]["channels"], len(content["data"]["classes"])):
-        raise InputError(f"--dataset {args.dataset}: {test.channels} channels and {len(test.classes)} classes; "
-                         f"{explicit['ckpt']} has {content['data']['channels']} and {len(content['data']['classes'])}")
-    result = evaluate(model, test, args.steps_test, args.workers)
-    print(summary(result, args))
-    if args.out:
-        write_reports(args, model, test, content["metrics"] | result)
+        if key not in free and value != content["args"][key]:
+            raise InputError(f"--{key.replace('_', '-')} {value}: but {path} was made with {content['args'][key]}")
 
 
 def run(explicit: dict):
-    if explicit.get("eval_only"):
-        return evaluate_only(explicit)
-    content = None
-    if explicit.get("resume"):
-        content, explicit = saved_run(explicit)
-    args = settings(explicit, content and content["args"] | {"resume": True})
-    check_output(args)
+    content, only = None, bool(explicit.get("eval_only"))
+    path = explicit.get("ckpt" if only else "out", None if only else RECIPE["out"])
+    if only:
+        if path is None:
+            raise InputError("--eval-only needs --ckpt")
+        content = read_checkpoint(path)
+        check_changes(explicit, content, path, FREE | {"dataset", "test_size", "val", "steps_test", "fraction", "precision"})
+        args = settings(explicit, content["args"] | {"device": "auto", "compile": False, "out": None})
+    elif explicit.get("resume"):
+        content = read_checkpoint(path)
+        batch, left = divmod(content["progress"]["global_batch"], WORLD) if "progress" in content else (content["args"]["batch_size"], 0)
+        content["args"]["batch_size"] = batch              # the same global batch, on however many processes
+        if left:
+            raise InputError(f"--resume: a batch of {batch * WORLD + left} images in all cannot be split over {WORLD} processes")
+        check_changes(explicit, content, path, FREE)
+        args = settings(explicit, content["args"])
+    else:
+        args = settings(explicit)
+    if args.out:
+        check_output(args)
     device = find_device(args.device)
     if args.compile is None:
         args.compile = device.type == "cuda"
@@ -940,27 +910,35 @@ def run(explicit: dict):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
-            dist.barrier()                                                     # the first process downloads, the others find
-    data, test = load_dataset(args, device)
+            dist.barrier()                                 # the first process downloads, the others find
+    data, test = load_dataset(args, device, train=not only)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-    if args.batch_size * WORLD > len(data):
+    if not only and args.batch_size * WORLD > len(data):
         raise InputError(f"--batch-size {args.batch_size} on {WORLD} process{'es' * (WORLD > 1)}: there are only {len(data)} training images")
-    if content is not None:
-        if content["data"] != facts(data):
-            raise InputError(f"--dataset {args.dataset}: the data have changed since the run in {args.out} began")
-        model = model_from(content, args.out, device)
-    else:
+
+    if content is None:
         model = build_model(args, data.channels, len(data.classes)).to(device)
-    if args.init_from and content is None:
-        start = model_from(read_checkpoint(args.init_from), args.init_from, device)
-        if start.siren.head.weight.shape != model.siren.head.weight.shape:
-            raise InputError(f"--init-from {args.init_from}: made for {start.siren.head.out_features} channels, {args.dataset} has {data.channels}")
-        model.siren.load_state_dict(start.siren.state_dict())
-        model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+        if args.init_from:
+            start, _ = load_checkpoint(args.init_from, device)
+            if start.siren.head.out_features != data.channels:
+                raise InputError(f"--init-from {args.init_from}: not made for images of {data.channels} channels")
+            model.siren.load_state_dict(start.siren.state_dict())
+            model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+    else:
+        if only and facts(test)[:2] != tuple(content["data"])[:2] or not only and facts(data) != tuple(content["data"]):
+            raise InputError(f"--dataset {args.dataset}: not the data that {path} was trained on, or changed since: other channels, "
+                             "classes or number of images")
+        model = model_from(content, path, device)
+        model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
     for part in (model.siren, model.inner_loop):
         part.requires_grad_(not args.freeze_siren)
 
+    if only:
+        metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
+        if RANK == 0:
+            print(summary(metrics, args))
+        return write_reports(args, model, test, metrics) if args.out else None
     if RANK == 0:
         count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
         print(f"{args.dataset}: {len(data):,} training and {len(test):,} {'held-out' if args.val else 'test'} images, "
@@ -984,8 +962,8 @@ def main(argv: list[str] | None = None):
     try:
         run(vars(parser().parse_args(argv)))
     except (InputError, Stop, KeyboardInterrupt) as error:
-        status = {InputError: 2, KeyboardInterrupt: 130}.get(type(error)) or error.status
-        if RANK == 0 or type(error) is InputError and WORLD == 1:
+        status = getattr(error, "status", 130)
+        if RANK == 0:
             print(f"train.py: {'error: ' if status == 2 else ''}{error or 'interrupted'}", file=sys.stderr)
         raise SystemExit(status) from None
     finally:
