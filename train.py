@@ -816,7 +816,7 @@ def recipe(dataset: str = RECIPE["dataset"], size: int | None = None) -> dict:
 
 def command_line(args) -> str:
     """The shortest command that makes this run, whatever flags it was started or gone on with."""
-    usual = recipe(args.dataset) | {"dataset": RECIPE["dataset"]}
+    usual = recipe(args.dataset, args.size) | {"dataset": RECIPE["dataset"], "size": SIZE.get(args.dataset, 32)}
     run_only = {"resume", "eval_only", "ckpt", "compile", "workers"}
     return shlex.join(["python", "train.py", *as_flags({k: v for k, v in vars(args).items() if v != usual[k] and k not in run_only})])
 
