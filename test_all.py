@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import diagnostics
 import train
 from inner_loop import MetaSGD, draw_pixels, textbook_loss_and_grad
 from reader import Attention, Reader
@@ -87,7 +88,7 @@ def grads(model) -> dict[str, list[torch.Tensor]]:
             for name, part in model.named_children()}
 
 
-def command(argv, **more):
+def command(argv):
     """train.main in process: (exit status, what it printed to stdout and stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -99,10 +100,10 @@ def command(argv, **more):
     return status, out.getvalue(), err.getvalue()
 
 
-def start(argv, launch=(), **more) -> subprocess.Popen:
+def start(argv) -> subprocess.Popen:
     """train.py as a process of its own."""
-    return subprocess.Popen([sys.executable, *launch, str(HERE / "train.py"), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def finish(process) -> tuple[int, str, str]:
@@ -303,7 +304,7 @@ def test_parameter_counts():
 
 
 def test_concept_files_work_alone():
-    """Each file, copied into an empty folder, runs its own docstring's example with torch alone."""
+    """Each file, copied into an empty folder, does its work there with torch alone."""
     uses = {
         "siren.py": "from siren import *\nassert Siren()(coordinate_grid(4, 4), Siren().anchor()).shape == (16, 3)",
         "reader.py": "import torch\nfrom reader import Reader\nassert Reader(8, 64, 3, depth=1)(torch.zeros(2, 8, 65)).shape == (2, 3)",
@@ -432,11 +433,10 @@ def test_folder_resident_and_streamed_agree():
         args = train.settings({"dataset": str(root), "size": 8, "workers": 2})
         data, test = train.load_dataset(args)
         assert (len(data), len(test), data.classes, data.channels) == (36, 12, ["a", "b", "c"], 3)
-        limit, train.RESIDENT_BYTES = train.RESIDENT_BYTES, 0
-        try:
+        with replaced(train, "RESIDENT_BYTES", 0):
             streamed, _ = train.load_dataset(args)
-        finally:
-            train.RESIDENT_BYTES = limit
+            one, _ = train.load_dataset(train.settings({"dataset": str(root), "size": 8, "train_size": 1}))
+        assert len(one) == 1 and os.path.exists(os.fsdecode(one.paths[0]))
         assert data.pixels is not None and streamed.pixels is None
         order = [torch.tensor([5, 0, 35]), torch.tensor([7])]
         for workers in (0, 2):
@@ -553,7 +553,7 @@ def test_training_learns_and_reports():
 
 def test_frozen_siren_and_new_reader():
     with folder():
-        for argv in (["--w-task", "0", "--seed", "1", "--out", "wt.pt"],
+        for argv in (["--w-task", "0", "--seed", "1", "--out", "wt.pt", "--val", "0.1"],
                      ["--init-from", "wt.pt", "--freeze-siren", "--out", "seq.pt"]):
             status, _, err = command([*TINY, *argv])
             assert status == 0, err
@@ -562,6 +562,10 @@ def test_frozen_siren_and_new_reader():
             if not key.startswith("reader"):
                 assert torch.equal(wt[key], seq[key]), key
         assert not torch.equal(wt["reader.embed.weight"], seq["reader.embed.weight"])
+        assert train.load_checkpoint("seq.pt")[1].val == 0.1                   # what the INR did not see stays unseen
+        Path("wt.pt").rename("moved.pt")
+        assert command(["--resume", "--out", "seq.pt"])[0] == 0
+        Path("moved.pt").rename("wt.pt")
         refused([*TINY, "--init-from", "wt.pt", "--out", "wt.pt"], "overwrite")
         status, _, err = command(["--init-from", "wt.pt", "--width", "16"])
         assert status == 2 and "--width" in err
@@ -600,22 +604,92 @@ def test_precision_bf16_stays_close():
         assert all(p.dtype == torch.float32 for p in train.load_checkpoint("out.pt")[0].parameters())
 
 
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    plain = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield plain
+    finally:
+        setattr(owner, name, plain)
+
+
+def test_outer_steps_by_hand():
+    """Three steps of a run, in float64, against AdamW, OneCycleLR and clipping written out, on textbook gradients."""
+    flags = [*TINY, "--epochs", "3", "--train-size", "16", "--lr", "0.02", "--lr-alpha", "0.3", "--weight-decay", "0.1", "--w-task", "1"]
+    with float64(), folder():
+        assert command(flags)[0] == 0
+        got = train.load_checkpoint("out.pt")[0]
+        args = train.settings(vars(train.parser().parse_args(flags)))
+        data, _ = train.load_dataset(args)
+        model = train.build_model(args, 1, 10)
+        model.siren.__class__ = TextbookSiren
+        groups = {part: list(getattr(model, part).parameters()) for part in ("siren", "inner_loop", "reader")}
+        moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()}
+        clipped = set()
+        for t in range(3):
+            rows = torch.randperm(16, generator=train.generator("order", 0, t))
+            model.zero_grad()
+            train.textbook_backward(model, data.signal(data.pixels[rows]), data.labels[rows])
+            # OneCycleLR (Smith & Topin 2018) with a warm-up of 0.05 of 3 steps: all three are on the way down.
+            way = (t - (0.05 * 3 - 1)) / (2 - (0.05 * 3 - 1))
+            fall = (1 + math.cos(math.pi * way)) / 2
+            beta1, beta2 = 0.95 + (0.85 - 0.95) * fall, 0.999
+            for part, parameters in groups.items():
+                top = 0.3 if part == "inner_loop" else 0.02
+                lr = top / 25e4 + (top - top / 25e4) * fall
+                norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+                clipped |= {part} if norm > 1 else set()
+                for p in parameters:
+                    g = p.grad * min(1, 1 / (norm + 1e-6))
+                    m, v = moments[p]
+                    m.mul_(beta1).add_((1 - beta1) * g)
+                    v.mul_(beta2).add_((1 - beta2) * g * g)
+                    with torch.no_grad():
+                        p -= lr * 0.1 * p
+                        p -= lr * (m / (1 - beta1 ** (t + 1))) / ((v / (1 - beta2 ** (t + 1))).sqrt() + 1e-8)
+        assert clipped, "no gradient was long enough to be clipped"
+        assert apart(got.parameters(), model.parameters()) <= 1e-9
+
+
+def test_augmentation_and_steps_reach_the_run():
+    seen = []
+
+    def spy(images, u, flip):
+        seen.append(flip)
+        return plain(images, u, flip)
+    with folder() as here, replaced(train, "augment_low", spy) as plain:
+        assert command([*TINY, "--epochs", "1"])[0] == 0 and not seen
+        assert command([*TINY, "--epochs", "1", "--augment"])[0] == 0 and seen == [False] * 10          # digits have no mirror image
+        image_folder(here / "set")
+        assert command([*TINY[:-8], "--train-size", "32", "--test-size", "9", "--epochs", "1", "--augment", "--dataset", "set", "--size", "8", "--out", "set.pt"])[0] == 0
+        assert seen[10:] == [True] * 2
+        assert command([*TINY, "--epochs", "1", "--shared-lr", "--steps-test", "5"])[0] == 0
+        trained = json.loads(Path("out.json").read_text())
+        assert command(["--eval-only", "--ckpt", "out.pt", "--steps-test", "5", "--out", "five.pt"])[0] == 0
+        assert command(["--eval-only", "--ckpt", "out.pt", "--steps-test", "2", "--out", "two.pt"])[0] == 0
+        five, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("five", "two"))
+        assert five["test_psnr"] == trained["test_psnr"] != two["test_psnr"]
+        assert "--eval-only" in five["command"] and "--eval-only" not in trained["command"]
+
+
 def test_resume_after_kill_bit_for_bit():
     """Four epochs in one go, against the same killed with SIGKILL in epoch 3 and resumed."""
-    flags = [*TINY, "--epochs", "4", "--fraction", "0.5", "--augment", "--save-minutes", "0"]
+    flags = [*TINY, "--train-size", "640", "--epochs", "4", "--fraction", "0.5", "--augment", "--save-minutes", "0"]
     with folder():
         straight, killed = start([*flags, "--out", "straight.pt"]), start([*flags, "--out", "killed.pt"])
 
         def in_epoch_3():
             with contextlib.suppress(train.InputError):
-                progress = train.read_checkpoint("killed.pt")["progress"]
+                progress = train.read_checkpoint("killed.pt").get("progress", {"epoch": 4})
+                assert progress["epoch"] < 3, "the kill came too late"
                 return progress["epoch"] == 2 and progress["step"] >= 3
         wait_for(in_epoch_3, killed)
         killed.kill()
         killed.communicate()
         assert finish(straight)[0] == 0
         content = train.read_checkpoint("killed.pt")
-        assert content["progress"]["epoch"] == 2 and 3 <= content["progress"]["step"] < 10, "the kill came too late"
+        assert content["progress"]["epoch"] == 2 and 3 <= content["progress"]["step"] < 40, "the kill came too late"
         # the flag that would change the result is refused, the harmless one is not
         status, _, err = command(["--resume", "--out", "killed.pt", "--lr", "0.5"])
         assert status == 2 and "--lr" in err
@@ -670,6 +744,8 @@ while True:
 
 def test_loss_that_is_not_finite_stops_the_run():
     with folder():
+        status, _, err = command([*TINY, "--epochs", "1", "--batch-size", "160", "--lr", "1e38", "--lr-alpha", "1e38"])     # its only step
+        assert status == 1 and "epoch 1, step 1" in err and not Path("out.pt").exists(), err
         status, _, err = command([*TINY, "--epochs", "40", "--lr", "1e37", "--save-minutes", "0"])
         assert status == 1 and "not finite at epoch" in err and err.count("\n") == 1, err
         if Path("out.pt").exists():
@@ -716,11 +792,13 @@ train.main(sys.argv[2:])
 
 def refused(argv, *words):
     """Exit status 2, one line that has the words in it, nothing written."""
-    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    def everything():
+        return {p: p.is_file() and p.read_bytes() for p in Path().rglob("*")}
+    before = everything()
     status, out, err = command(argv)
     assert status == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ") and not out, (argv, status, out, err)
     assert all(str(w) in err for w in words), (argv, words, err)
-    assert before == {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}, argv
+    assert before == everything(), argv
 
 
 def test_bad_values():
@@ -731,8 +809,10 @@ def test_bad_values():
                            ("--device tpu9", "--device"), ("--device cuda:99", "--device"), ("--precision fp8", "--precision"), ("--out nowhere/out.pt", "nowhere"),
                            ("--out out.txt", ".pt"), ("--no-such-flag", "--no-such-flag"), ("--steps-test 9", "--shared-lr"), ("--fraction 0.001", "pixel"),
                            ("--dataset no/such/folder", "no/such/folder"), ("--eval-only", "--ckpt"), ("--resume", "out.pt"), ("--init-from gone.pt", "gone.pt"),
-                           ("--eval-only --ckpt gone.pt", "gone.pt"), ("--dataset", "--dataset")]:
+                           ("--eval-only --ckpt gone.pt", "gone.pt"), ("--dataset", "--dataset"), ("--ckpt out.pt", "--eval-only"),
+                           ("--device meta", "--device"), ("--width 99999999999999999999 --head-dim 1", "--width"), ("--steps ²", "--steps")]:
             refused(argv.split(), word)
+        refused(["--out", ""], "--out")
         Path("dir.pt").mkdir()
         refused(["--out", "dir.pt"], "dir.pt")
         Path("precious.pt").write_text("something else")
@@ -742,15 +822,12 @@ def test_bad_values():
 def test_bad_data():
     with folder() as here:
         import torchvision
-        plain = torchvision.datasets.MNIST.download
 
         def no_network(self):
+            os.makedirs(self.raw_folder)
             raise RuntimeError("no network\nhere")
-        torchvision.datasets.MNIST.download = no_network
-        try:
+        with replaced(torchvision.datasets.MNIST, "download", no_network):
             refused(["--dataset", "mnist", "--data-root", "empty"], "empty", "MNIST/raw", "no network here")
-        finally:
-            torchvision.datasets.MNIST.download = plain
         (here / "one-split" / "train" / "a").mkdir(parents=True)
         refused(["--dataset", "one-split"], "one-split")
         image_folder(here / "one-class", classes="a")
@@ -768,8 +845,7 @@ def test_broken_image_met_while_streaming_is_named_after_saving():
         whole = (here / "set" / "train" / "b" / "005.png").read_bytes()
         (here / "set" / "train" / "b" / "005.png").write_bytes(whole[:100])
         flags = "--dataset set --size 8 --width 8 --depth 1 --steps 1 --reader-depth 0 --head-dim 4 --batch-size 4 --epochs 1".split()
-        limit, train.RESIDENT_BYTES = train.RESIDENT_BYTES, 0
-        try:
+        with replaced(train, "RESIDENT_BYTES", 0):
             for workers in ("0", "2"):
                 status, _, err = command([*flags, "--workers", workers, "--out", f"{workers}.pt"])
                 assert status == 2 and err.count("\n") == 1 and "005.png" in err, err
@@ -777,8 +853,6 @@ def test_broken_image_met_while_streaming_is_named_after_saving():
             (here / "set" / "train" / "b" / "005.png").write_bytes(whole)
             status, _, err = command(["--resume", "--out", "2.pt"])
             assert status == 0 and met["step"] < 9, err
-        finally:
-            train.RESIDENT_BYTES = limit
 
 
 def test_bad_checkpoints():
@@ -804,14 +878,122 @@ def test_bad_checkpoints():
         assert not Path("harm").exists()
         refused(["--eval-only", "--ckpt", "out.pt", "--width", "99"], "--width")
         refused(["--eval-only", "--ckpt", "out.pt", "--steps-test", "5"], "--shared-lr")
+        refused(["--eval-only", "--ckpt", "out.pt", "--val", "0.2"], "--val")  # it was trained on those images
 
 
 def test_bad_input_on_the_command_line():
     with folder():
-        for argv, launch in [(["--steps", "x"], ()), (["--dataset", "nowhere"], ()), (["--eval-only", "--ckpt", "gone.pt"], ())]:
-            status, out, err = finish(start(argv, launch))
+        for argv in (["--steps", "x"], ["--dataset", "nowhere"], ["--eval-only", "--ckpt", "gone.pt"]):
+            status, out, err = finish(start(argv))
             assert status == 2 and err.count("\n") == 1 and err.startswith("train.py: error: ") and not out, (argv, status, out, err)
         assert not list(Path().iterdir())
+
+
+# ---- diagnostics.py: measures ------------------------------------------------------------------------------------------
+
+def samples(seed=0, n=90, d=3, integers=True):
+    """Rows with many ties and duplicates, classes of unequal size; or without ties."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(3, (n, d), generator=g).double() if integers else torch.randn(n, d, generator=g).double()
+    return x.float(), torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), n, replacement=True, generator=g)
+
+
+def brute_neighbors(bank, query, k, skip=None):
+    """Sorted by (distance, index), in exact arithmetic on Python numbers."""
+    distance = [(sum((a - b) ** 2 for a, b in zip(row, query)), i) for i, row in enumerate(bank.double().tolist()) if i != skip]
+    return [i for _, i in sorted(distance)[:k]]
+
+
+def test_neighbor_measures_against_brute_force():
+    for integers in (True, False):
+        for shift in (0.0, 100.0):
+            x, labels = samples(0, integers=integers)
+            y, queries = samples(1, 40, integers=integers)
+            x, y = x + shift, y + shift
+            for k in (1, 4, 10):
+                neighbors = [brute_neighbors(x, q, k) for q in y.double().tolist()]
+                assert diagnostics.nearest(x, y, k).tolist() == neighbors
+                right = 0
+                for rows, label in zip(neighbors, queries.tolist()):
+                    votes = [labels[rows].tolist().count(c) for c in range(3)]
+                    right += votes.index(max(votes)) == label
+                assert diagnostics.knn_accuracy(x, labels, y, queries, k) == right / 40
+                own = [brute_neighbors(x, q, k, skip=i) for i, q in enumerate(x.double().tolist())]
+                share = np.mean([np.mean([int(labels[j] == labels[i]) for j in rows]) for i, rows in enumerate(own)])
+                assert abs(diagnostics.neighbor_purity(x, labels, k) - share) < 1e-12
+    assert diagnostics.vote(torch.tensor([[2, 1, 1, 2], [0, 2, 2, 1]]), 3).tolist() == [1, 2]
+    same = torch.ones(6, 4)        # constant features: all distances are 0, the lowest indices win
+    assert diagnostics.nearest(same, None, 2).tolist() == [[1, 2], [0, 2]] + [[0, 1]] * 4
+
+
+def test_neighbors_do_not_depend_on_the_block_size():
+    x, _ = samples(0, 200, 5, integers=False)
+    with replaced(diagnostics, "BLOCK_BYTES", 20_000):
+        small = diagnostics.nearest(x, None, 7), diagnostics.silhouette(x, torch.arange(200) % 4)
+    assert torch.equal(small[0], diagnostics.nearest(x, None, 7))
+    assert abs(small[1] - diagnostics.silhouette(x, torch.arange(200) % 4)) < 1e-9
+
+
+def test_class_measures_against_brute_force():
+    for integers in (True, False):
+        x, labels = samples(2, integers=integers)
+        y, queries = samples(3, 40, integers=integers)
+        X, L = x.double().numpy(), labels.numpy()
+        scores = []
+        for i in range(len(X)):
+            d = np.sqrt(((X - X[i]) ** 2).sum(1))
+            others = [d[(L == L[i]) & (np.arange(len(X)) != i)].mean(), min(d[L == c].mean() for c in set(L) - {L[i]})]
+            scores.append((others[1] - others[0]) / max(others))
+        assert abs(diagnostics.silhouette(x, labels) - np.mean(scores)) < 1e-5
+        means = np.stack([X[L == c].mean(0) for c in range(3)])
+        between = sum((L == c).sum() * ((means[c] - X.mean(0)) ** 2).sum() for c in range(3))
+        assert abs(diagnostics.fisher_ratio(x, labels) - between / ((X - means[L]) ** 2).sum()) < 1e-10
+        predicted = [int(np.argmin(((means - q) ** 2).sum(1))) for q in y.double().numpy()]
+        assert diagnostics.nearest_mean_accuracy(x, labels, y, queries) == np.mean(predicted == queries.numpy())
+
+
+def test_measures_by_hand_and_invariance():
+    x, labels = torch.tensor([[0.0], [1.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
+    # a = 1, 1, 2, 2; b = 11, 10, 9.5, 11.5
+    assert abs(diagnostics.silhouette(x, labels) - np.mean([10 / 11, 9 / 10, 7.5 / 9.5, 9.5 / 11.5])) < 1e-6
+    # means 0.5 and 11, overall 5.75: between 4 * 5.25^2, within 2 * 0.25 + 2 * 1
+    assert abs(diagnostics.fisher_ratio(x, labels) - 4 * 5.25 ** 2 / 2.5) < 1e-9
+    assert diagnostics.neighbor_purity(x, labels, 1) == 1 and diagnostics.neighbor_purity(x, labels, 3) == 1 / 3
+    assert diagnostics.silhouette(torch.ones(4, 2), labels) == 0 and diagnostics.fisher_ratio(torch.ones(4, 2), labels) == 0
+    x, labels = samples(4, 60, 4, integers=False)
+    rotation, _ = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))
+    for moved in (x @ rotation, x + 3, 500 * x):   # phi, phi - theta and lambda (phi - theta + beta) differ by shift and scale
+        for measure in (diagnostics.neighbor_purity, diagnostics.silhouette, diagnostics.fisher_ratio):
+            assert abs(measure(moved, labels) - measure(x, labels)) < 1e-5
+    for wrong in (lambda: diagnostics.silhouette(x, torch.zeros(60, dtype=torch.long)), lambda: diagnostics.neighbor_purity(x, labels, 60),
+                  lambda: diagnostics.silhouette(x * math.nan, labels), lambda: diagnostics.silhouette(x[0], labels)):
+        try:
+            wrong()
+        except ValueError:
+            continue
+        raise AssertionError("bad input must be a ValueError")
+
+
+def test_linear_probe_is_at_its_optimum():
+    """The gradient of the regularised loss, by autograd at the solution, is 0; primal and dual give the same scores."""
+    g = torch.Generator().manual_seed(0)
+    for n, d in ((60, 5), (30, 80)):
+        x, labels = torch.randn(n, d, generator=g).double(), torch.randint(3, (n,), generator=g)
+        bank, queries = diagnostics.standardised(x, torch.randn(20, d, generator=g).double())
+        z, y = diagnostics.compressed(bank, queries)
+        assert z.shape[1] == min(n, d)
+        for penalty in (1.0, 0.01):
+            scores = []
+            for features, others in ((bank, queries), (z, y)):
+                W = diagnostics.logistic(features, labels, 3, penalty).requires_grad_()
+                loss = F.cross_entropy(features @ W[:-1] + W[-1], labels) + penalty / 2 * (W[:-1] ** 2).sum()
+                assert torch.autograd.grad(loss, W)[0].norm() < 1e-6 * max(1, float(W.detach().norm()))
+                scores.append(others @ W[:-1] + W[-1])
+            assert (scores[0] - scores[1]).abs().max() < 1e-4
+    far = torch.randint(3, (200,), generator=g)
+    x = torch.randn(200, 4, generator=g) + 8 * F.one_hot(far, 4)
+    assert diagnostics.linear_probe(x[:150], far[:150], x[150:], far[150:]) == 1
+    assert diagnostics.linear_probe(x[:150] * 0 + 1, far[:150], x[150:], far[150:]) <= 0.6      # constant features
 
 
 # ------------------------------------------------------------------------------------------------------------------------

@@ -68,6 +68,10 @@ class InputError(Exception):
     status = 2
 
 
+class BrokenImage(InputError):
+    """A file that cannot be decoded; met by one process, which says so."""
+
+
 class Stop(Exception):
     """The run ends here with this exit status."""
 
@@ -97,9 +101,8 @@ def decode(path: str, size: int) -> Tensor:
     """An image file of any size and mode, squashed to a square: uint8 (3, size, size)."""
     from PIL import Image
     with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):                      # 16 bits and more a pixel: Pillow's convert would clip
-            grey = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((grey * (255 / max(65535 if grey.max() > 255 else 255, grey.max()))).astype(np.uint8))
+        if image.mode.startswith("I"):                             # 16 bits a pixel: Pillow's convert would clip at 255
+            image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
         image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)       # antialiased
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -125,7 +128,8 @@ class Images(torch.utils.data.Dataset):
             return path
 
     def take(self, rows: Tensor) -> "Images":
-        pixels, paths = (None if x is None else x[rows] for x in (self.pixels, self.paths))
+        pixels = None if self.pixels is None else self.pixels[rows]
+        paths = None if self.paths is None else self.paths[rows.cpu().numpy()]
         return Images(self.classes, self.labels[rows], pixels, paths, self.size, self.levels)
 
     def resident(self, device, workers: int) -> "Images":
@@ -138,7 +142,7 @@ class Images(torch.utils.data.Dataset):
         return Images(self.classes, self.labels.to(device), pixels.to(device), size=self.size, levels=self.levels)
 
     def batches(self, order, device, workers: int = 0):
-        """Yields (uint8 images, labels) on the device for each tensor of row numbers in `order`. InputError: a broken file."""
+        """Yields (uint8 images, labels) on the device for each tensor of row numbers in `order`. BrokenImage: as it says."""
         if self.pixels is not None:
             for rows in order:
                 rows = rows.to(self.pixels.device)
@@ -149,7 +153,7 @@ class Images(torch.utils.data.Dataset):
             worker_init_fn=leave_signals_to_the_parent, pin_memory=torch.device(device).type == "cuda")
         for rows, images in zip(order, loader):
             if isinstance(images, str):
-                raise InputError(f"{images}: cannot be decoded as an image; replace it or remove it")
+                raise BrokenImage(f"{images}: cannot be decoded as an image; replace it or remove it")
             yield images.to(device, non_blocking=True), self.labels[rows].to(device, non_blocking=True)
 
     def signal(self, images: Tensor) -> Tensor:
@@ -158,7 +162,8 @@ class Images(torch.utils.data.Dataset):
 
 
 def collate(samples: list[Tensor | str]) -> Tensor | str:
-    return next((s for s in samples if isinstance(s, str)), None) or torch.stack(samples)
+    broken = next((s for s in samples if isinstance(s, str)), None)
+    return broken or (torch.stack(samples) if samples else torch.empty(0))     # a process may get no rows of a last batch
 
 
 def leave_signals_to_the_parent(_worker: int):
@@ -188,9 +193,14 @@ def read_torchvision(name: str, root: str) -> dict[str, Images]:
     kind, where = {"cifar10": (datasets.CIFAR10, "cifar-10-batches-py (cifar-10-python.tar.gz unpacked)"),
                    "mnist": (datasets.MNIST, "MNIST/raw (the four unpacked ubyte files)"),
                    "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw (the four unpacked ubyte files)")}[name]
+    folders = [Path(root, kind.__name__, "raw"), Path(root, kind.__name__), Path(root)]
+    new = [folder for folder in folders if not folder.exists()]
     try:
         sets = {"train": kind(root, train=True, download=True), "test": kind(root, train=False, download=True)}
     except Exception as error:     # network, disk and format errors of many types
+        for folder in new:         # torchvision makes them before it finds that it cannot download
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--dataset {name}: not in {root} and not to be downloaded ({reason}); "
                          f"put {where} into {root}, or name another --data-root") from error
@@ -274,8 +284,8 @@ def augment_low(images: Tensor, u: Tensor, flip: bool) -> Tensor:
 
 
 def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
-    """Reflection beyond the edge, rotation by up to 30 degrees, crop of area 0.8 to 1 and aspect 3/4 to 4/3, flip, in one
-    bilinear look-up. An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
+    """Rotation by up to 30 degrees, the corners filled by reflection, then a crop of area 0.8 to 1 of the image and aspect 3/4 to
+    4/3, and a flip, in one bilinear look-up; by uniform numbers u (N, 6). From 64 pixels a side. An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
     """
     angle = (2 * u[:, 0] - 1) * math.radians(30)
     area = 0.8 + 0.2 * u[:, 1]
@@ -430,6 +440,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tup
 # ---- Processes: with torchrun every process takes its rows of the global batch -------------------------------------------
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LAUNCH = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
 
 
 def average(tensors: list[Tensor]):
@@ -544,7 +555,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     # OneCycleLR divides by zero where the warm-up is exactly one step long.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=total,
                                                     pct_start=0.05 if total != 20 else 0.051)
-    forward = torch.compile(model) if args.compile else model
+    forward = torch.compile(model) if args.compile or args.compile is None and device.type == "cuda" else model
     hosts = dist.new_group(backend="gloo") if WORLD > 1 else None
 
     metrics, start, first_step = {"epochs": [], "seconds": 0.0}, 0, 0
@@ -564,8 +575,8 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
 
     def save(epoch: int, step: int, finished: bool = False):
         nonlocal saved_at
-        if int(bad) >= 0:
-            e, s = divmod(int(bad), steps_per_epoch)
+        if int(bad) >= 0 or not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            e, s = divmod(int(bad) if int(bad) >= 0 else epoch * steps_per_epoch + step - 1, steps_per_epoch)
             kept = f"{args.out} is the last good checkpoint" if os.path.exists(args.out) else "no checkpoint had been written"
             raise Stop(1, f"the loss or its gradient is not finite at epoch {e + 1}, step {s + 1}; {kept}")
         metrics["seconds"] = seconds_before + time.monotonic() - began
@@ -576,18 +587,17 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             save_checkpoint(args.out, {"args": vars(args), "data": facts(data), "model": model.state_dict(), "metrics": metrics, **rest})
         saved_at = time.monotonic()
 
-    def look(epoch: int, step: int, error: InputError | None = None):
+    def look(epoch: int, step: int, error: BrokenImage | None = None):
         """Between steps: save when it is time, end when asked to. All processes do the same."""
         due = time.monotonic() - saved_at >= 60 * args.save_minutes
         code = agree(1000 if error else 1 + caught[0] if caught else int(due and RANK == 0), hosts)
         if code:
             save(epoch, step)
         if code == 1000:
-            raise Stop(2, str(error or "a broken image, met by another process"))
+            raise error or Stop(2, "a broken image, named by the process that met it")
         if code > 1:
-            launch = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
             raise Stop(127 + code, f"stopped and saved at epoch {epoch + 1}, step {step}; go on with: "
-                                   f"{launch} {os.path.basename(sys.argv[0]) or 'train.py'} --resume --out {args.out}")
+                                   f"{LAUNCH} train.py --resume --out {shlex.quote(args.out)}")
 
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -603,7 +613,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                     error = None
                     try:
                         images, labels = next(batches)
-                    except InputError as e:
+                    except BrokenImage as e:
                         error = e
                     look(epoch, step, error)
                     now = epoch * steps_per_epoch + step
@@ -627,8 +637,10 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             # An evaluation that is interrupted is done again when the run goes on: all steps of the epoch are behind it.
             try:
                 result = evaluate(model, test, args.steps_test, args.workers, poll=lambda: look(epoch, steps_per_epoch))
-            except InputError as error:
+            except BrokenImage as error:
                 look(epoch, steps_per_epoch, error)
+            if not math.isfinite(result["test_psnr"]):     # the last step made weights whose loss is not finite
+                bad.clamp_(min=(epoch + 1) * steps_per_epoch - 1)
             loss, reconstruction, accuracy, decibel = (sums / steps_per_epoch).tolist()
             metrics.update(result)
             metrics["epochs"].append({
@@ -687,7 +699,7 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
     def show(axis, image, text):
         image = ((image.float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
         axis.imshow(image.expand(-1, -1, 3) if image.shape[-1] == 1 else image, interpolation="nearest")
-        axis.set_xlabel(text, fontsize=8)
+        axis.set_xlabel(text, fontsize=8, parse_math=False)                    # a class may be called "$"
         axis.set_xticks([])
         axis.set_yticks([])
 
@@ -704,16 +716,16 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
     figure.savefig(path)
 
 
-def write_reports(args, model: MWT, test: Images, metrics: dict):
+def write_reports(args, model: MWT, test: Images, metrics: dict, command: str):
     """args.out with .json and .png in place of .pt."""
     if RANK == 0:
         device = model.coords.device
         hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        report = {"command": command_line(args), "flags": vars(args), "device": f"{device}: {hardware}",
+        report = {"command": command, "flags": vars(args), "device": f"{device}: {hardware}",
                   "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
                   "threads": torch.get_num_threads(), "processes": WORLD,
                   "evaluated_on": "validation share of the training set" if args.val else "test set", **metrics}
-        Path(args.out).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        Path(args.out).with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         draw_figure(Path(args.out).with_suffix(".png"), args, model, test, metrics)
 
 
@@ -721,9 +733,13 @@ def write_reports(args, model: MWT, test: Images, metrics: dict):
 
 def whole(low: int):
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < low:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
+        return value
     return parse
 
 
@@ -780,14 +796,14 @@ def parser() -> Parser:
 
     group = p.add_argument_group("training")
     flag("w_task", number(0), "weight of the class loss for the INR; 0 is WT")
-    flag("epochs", whole(1), "passes over the training set")
+    flag("epochs", whole(1), "number of passes over the training set")
     flag("batch_size", whole(1), "images a step and process")
     flag("lr", number(0, open_low=True), "peak learning rate of the SIREN and the reader")
     flag("lr_alpha", number(0, open_low=True), "peak learning rate of alpha, the inner step sizes")
     flag("weight_decay", number(0), "AdamW's, on every parameter")
     flag("seed", whole(0), "of the initial parameters, the data order, augmentation and pixels")
     flag("init_from", str, "checkpoint whose SIREN and alpha this run starts from (its reader is new)")
-    flag("freeze_siren", None, "train the reader only: with --init-from this is WT-seq")
+    flag("freeze_siren", None, "train the reader only: with --init-from this is WT-seq, without it the SIREN stays random")
 
     group = p.add_argument_group("run")
     flag("out", str, "checkpoint, *.pt; *.json and *.png are written beside it")
@@ -818,7 +834,7 @@ def command_line(args) -> str:
     """The shortest command that makes this run, whatever flags it was started or gone on with."""
     usual = recipe(args.dataset, args.size) | {"dataset": RECIPE["dataset"], "size": SIZE.get(args.dataset, 32)}
     run_only = {"resume", "eval_only", "ckpt", "compile", "workers"}
-    return shlex.join(["python", "train.py", *as_flags({k: v for k, v in vars(args).items() if v != usual[k] and k not in run_only})])
+    return shlex.join([*LAUNCH.split(), "train.py", *as_flags({k: v for k, v in vars(args).items() if v != usual[k] and k not in run_only})])
 
 
 def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
@@ -827,8 +843,9 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
         saved = recipe(**{key: explicit[key] for key in ("dataset", "size") if key in explicit})
         if "init_from" in explicit:
             core = read_checkpoint(explicit["init_from"])["args"]
-            saved |= {key: core[key] for key in CORE}
-            for key in CORE:
+            taken = CORE + (("val",) if core["dataset"] == saved["dataset"] else ())       # what it held out stays held out
+            saved |= {key: core[key] for key in taken}
+            for key in taken:
                 if explicit.get(key, core[key]) != core[key]:
                     raise InputError(f"--{key.replace('_', '-')} {explicit[key]}: but {explicit['init_from']} has {core[key]}")
     args = argparse.Namespace(**(saved | explicit))
@@ -848,10 +865,10 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
         return device
     except Exception as error:     # no driver, no such index, not built in: torch has a type for each
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {name}: {str(error).splitlines()[0][:120]}") from error
 
 
 def check_output(args):
@@ -859,12 +876,17 @@ def check_output(args):
     out = Path(args.out)
     if out.suffix != ".pt" or not out.parent.is_dir():
         raise InputError(f"--out {out}: " + ("the name must end in .pt" if out.suffix != ".pt" else f"there is no folder {out.parent}"))
-    if args.init_from and out.exists() and os.path.samefile(out, args.init_from):
+    fresh = not args.resume and not args.eval_only
+    if fresh and args.init_from and out.exists() and os.path.samefile(out, args.init_from):
         raise InputError(f"--out {out}: would overwrite --init-from; choose another")
     for path in (out, out.with_suffix(".json"), out.with_suffix(".png"), Path(f"{out}.tmp")):
-        if path.is_dir() or not os.access(path if path.exists() else out.parent, os.W_OK):
-            raise InputError(f"--out {out}: {path} cannot be written")
-    if out.exists() and not args.resume and not args.eval_only:
+        try:
+            there = path.exists()
+            open(path, "ab").close()                       # changes nothing in a file that is there
+            there or path.unlink()
+        except OSError as error:
+            raise InputError(f"--out {out}: {path} cannot be written ({error.strerror})") from error
+    if fresh and out.exists():
         try:
             unfinished = "progress" in read_checkpoint(out)
         except InputError as error:
@@ -882,12 +904,14 @@ def check_changes(explicit: dict, content: dict, path: str, free: set[str]):
 
 def run(explicit: dict):
     content, only = None, bool(explicit.get("eval_only"))
+    if "ckpt" in explicit and not only:
+        raise InputError("--ckpt needs --eval-only; to start from a checkpoint's SIREN use --init-from, to go on with a run --resume")
     path = explicit.get("ckpt" if only else "out", None if only else RECIPE["out"])
     if only:
         if path is None:
             raise InputError("--eval-only needs --ckpt")
         content = read_checkpoint(path)
-        check_changes(explicit, content, path, FREE | {"dataset", "test_size", "val", "steps_test", "fraction", "precision"})
+        check_changes(explicit, content, path, FREE | {"dataset", "test_size", "steps_test", "fraction", "precision"} | ({"val"} if not explicit.get("val") else set()))
         args = settings(explicit, content["args"] | {"device": "auto", "compile": False, "out": None})
     elif explicit.get("resume"):
         content = read_checkpoint(path)
@@ -899,11 +923,9 @@ def run(explicit: dict):
         args = settings(explicit, content["args"])
     else:
         args = settings(explicit)
-    if args.out:
+    if RANK == 0 and args.out is not None:
         check_output(args)
     device = find_device(args.device)
-    if args.compile is None:
-        args.compile = device.type == "cuda"
     torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
     if WORLD > 1:
         if device.type == "cuda":
@@ -918,7 +940,10 @@ def run(explicit: dict):
         raise InputError(f"--batch-size {args.batch_size} on {WORLD} process{'es' * (WORLD > 1)}: there are only {len(data)} training images")
 
     if content is None:
-        model = build_model(args, data.channels, len(data.classes)).to(device)
+        try:
+            model = build_model(args, data.channels, len(data.classes)).to(device)
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise InputError(f"--width {args.width} --depth {args.depth}: a model of that size cannot be made here") from error
         if args.init_from:
             start, _ = load_checkpoint(args.init_from, device)
             if start.siren.head.out_features != data.channels:
@@ -938,7 +963,9 @@ def run(explicit: dict):
         metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
         if RANK == 0:
             print(summary(metrics, args))
-        return write_reports(args, model, test, metrics) if args.out else None
+        if args.out is not None:
+            write_reports(args, model, test, metrics, shlex.join([*LAUNCH.split(), "train.py", *as_flags(explicit)]))
+        return
     if RANK == 0:
         count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
         print(f"{args.dataset}: {len(data):,} training and {len(test):,} {'held-out' if args.val else 'test'} images, "
@@ -952,9 +979,9 @@ def run(explicit: dict):
             print(f"the run in {args.out} is finished: nothing to train")
     else:
         metrics = train(args, model, data, test, content)
-    write_reports(args, model, test, metrics)
     if RANK == 0:
-        print(f"{summary(metrics, args)}; {metrics['seconds']:.0f} s; wrote {args.out} and beside it .json and .png")
+        print(f"{summary(metrics, args)}; {metrics['seconds']:.0f} s", flush=True)
+    write_reports(args, model, test, metrics, command_line(args))
 
 
 def main(argv: list[str] | None = None):
@@ -963,8 +990,8 @@ def main(argv: list[str] | None = None):
         run(vars(parser().parse_args(argv)))
     except (InputError, Stop, KeyboardInterrupt) as error:
         status = getattr(error, "status", 130)
-        if RANK == 0:
-            print(f"train.py: {'error: ' if status == 2 else ''}{error or 'interrupted'}", file=sys.stderr)
+        if RANK == 0 or isinstance(error, BrokenImage):
+            print(f"train.py: {'error: ' if status == 2 else ''}{str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(status) from None
     finally:
         if dist.is_available() and dist.is_initialized():
