@@ -147,7 +147,7 @@ def nearest_mean_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, la
 PROBE_LAMBDAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 
 
-def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, iterations: int = 500) -> Tensor:
+def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, tolerance: float = 1e-9) -> Tensor:
     """W (r + 1, classes), last row the bias, of the multinomial logistic regression on z (n, r), float64: the minimum of the
     mean cross-entropy + penalty / 2 * |W without the bias|^2. L-BFGS (Nocedal 1980) in the coordinates V = R W, where R^T R is a
     quarter of the features' covariance + penalty, about the Hessian (Boehning 1992): tens of iterations in place of thousands."""
@@ -159,8 +159,8 @@ def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, iterations
     def weights() -> Tensor:
         return torch.cat([torch.linalg.solve_triangular(R, V[:-1], upper=True), V[-1:]])
 
-    optimizer = torch.optim.LBFGS([V.requires_grad_()], max_iter=iterations, history_size=20, tolerance_grad=1e-9,
-                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([V.requires_grad_()], max_iter=500, history_size=20, tolerance_grad=tolerance,
+                                  tolerance_change=tolerance ** 2, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -206,11 +206,11 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
         z, y = compressed(*standardised(bank[~held], bank[held]))
         scores = []
         for penalty in PROBE_LAMBDAS:
-            W = logistic(z, bank_labels[~held], classes, penalty, iterations=100)
+            W = logistic(z, bank_labels[~held], classes, penalty, tolerance=1e-5)
             scores.append(float(((y @ W[:-1] + W[-1]).argmax(1) == bank_labels[held]).double().mean()))
         best = PROBE_LAMBDAS[scores.index(max(scores))]
     z, y = compressed(*standardised(bank, queries))
-    W = logistic(z, bank_labels, classes, best)
+    W = logistic(z, bank_labels, classes, best, tolerance=1e-6)
     return float(((y @ W[:-1] + W[-1]).argmax(1) == labels).double().mean())
 
 
@@ -313,17 +313,17 @@ def clustering_verdict(result: dict) -> str:
 
 # ---- Report --------------------------------------------------------------------------------------------------------------
 
-COLUMNS = {"knn1": "1-NN %", "knn10": "10-NN %", "nearest_mean": "mean %", "linear_probe": "probe %", "knn10_shuffled": "shuffled",
+COLUMNS = {"knn1": "1-NN %", "knn10": "10-NN %", "nearest_mean": "mean %", "linear_probe": "probe %", "knn10_shuffled": "shuffl.",
            "purity": "purity", "silhouette": "silh.", "fisher": "Fisher"}
 
 
 def clustering_table(result: dict) -> str:
-    lines = [f"{'coordinate':30s}" + "".join(f"{title:>9s}" for title in COLUMNS.values())]
+    lines = [f"{'coordinate':30s}" + "".join(f"{title:>8s}" for title in COLUMNS.values())]
     for row in result["rows"]:
         values = [(f"{100 * row[key]:.1f}" if key in ("knn1", "knn10", "nearest_mean", "linear_probe", "knn10_shuffled") else f"{row[key]:.3f}") for key in COLUMNS]
-        lines.append(f"{row['coordinate']:30s}" + "".join(f"{value:>9s}" for value in values))
+        lines.append(f"{row['coordinate']:30s}" + "".join(f"{value:>8s}" for value in values))
     low, high = result["reader_interval"]
-    lines.append(f"{'trained reader':30s}{100 * result['reader']:18.1f}   95% interval {100 * low:.1f} to {100 * high:.1f}; "
+    lines.append(f"{'trained reader':30s}{100 * result['reader']:16.1f}  95% interval {100 * low:.1f} to {100 * high:.1f}; "
                  f"bank {result['bank']}, test {result['test']} images")
     lines.append("10-NN on phi - theta by bank size: " + ", ".join(f"{n}: {100 * a:.1f}%" for n, a in result["knn10_by_bank"].items()))
     return "\n".join(lines)

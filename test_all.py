@@ -996,6 +996,69 @@ def test_linear_probe_is_at_its_optimum():
     assert diagnostics.linear_probe(x[:150] * 0 + 1, far[:150], x[150:], far[150:]) <= 0.6      # constant features
 
 
+# ---- diagnostics.py: clustering ----------------------------------------------------------------------------------------
+
+def planted(seed=0, clusters=0.0, routed=1.0, n=300):
+    """One coordinate system and a reader: how far classes lie apart, and how often the reader is right beyond chance."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (2 * n,), generator=g)
+    x = torch.randn(2 * n, 6, generator=g) + clusters * F.one_hot(labels, 6)
+    told = torch.rand(n, generator=g) < routed
+    reader = torch.where(told, labels[n:], torch.randint(4, (n,), generator=g))
+    return diagnostics.clustering([("phi - theta", x[:n], x[n:])], labels[:n], labels[n:], reader)
+
+
+def test_clustering_verdict_on_planted_truths():
+    routed, clustered, random_labels = planted(clusters=0, routed=0.9), planted(clusters=8, routed=0.9), planted(clusters=0, routed=0)
+    assert routed["gap"][1] > 0.4 and "first half holds" in diagnostics.clustering_verdict(routed)
+    assert clustered["rows"][0]["knn10"] > 0.99 and clustered["rows"][0]["purity"] > 0.99 and "refuted" in diagnostics.clustering_verdict(clustered)
+    assert abs(random_labels["rows"][0]["knn10"] - 0.25) < 0.1 and abs(random_labels["reader"] - 0.25) < 0.1
+    assert "first half holds" not in diagnostics.clustering_verdict(random_labels)
+    for result in (routed, clustered):             # shuffled labels are at chance whatever was planted
+        assert abs(result["rows"][0]["knn10_shuffled"] - 0.25) < 0.12 and result["rows"][0]["knn10"] == result["knn10_by_bank"][300]
+
+
+def test_paired_bootstrap_covers_and_knows_ties():
+    a = torch.tensor([1.0] * 70 + [0.0] * 30)
+    assert diagnostics.paired_bootstrap(a, a) == (0, 0, 0)
+    mean, low, high = diagnostics.paired_bootstrap(a, torch.zeros(100))
+    assert mean == 0.7 and abs(low - (0.7 - 1.96 * 0.0458)) < 0.02 and abs(high - (0.7 + 1.96 * 0.0458)) < 0.02   # sqrt(0.7 * 0.3 / 100)
+    assert diagnostics.paired_bootstrap(a, 1 - a, seed=3) == diagnostics.paired_bootstrap(a, 1 - a, seed=3)
+
+
+def test_diagnostics_command():
+    def run(argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                diagnostics.main(argv)
+                return 0, out.getvalue(), err.getvalue()
+            except SystemExit as error:
+                return error.code, out.getvalue(), err.getvalue()
+    with folder() as here:
+        assert command([*TINY, "--fraction", "0.5"])[0] == 0
+        status, out, err = run(["--ckpt", "out.pt", "--samples", "80"])
+        assert status == 0 and "C1 " in out and all(len(line) <= 100 for line in out.splitlines() if not line.startswith("C1")), err
+        report = json.loads((here / "out-diagnostics" / "report.json").read_text())
+        rows = {row["coordinate"].strip(): row for row in report["clustering"]["rows"]}
+        assert report["clustering"]["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
+        assert (here / "out-diagnostics" / "clustering.png").read_bytes().startswith(b"\x89PNG")
+        again = run(["--ckpt", "out.pt", "--samples", "80", "--out", "again"])
+        assert again[0] == 0 and json.loads(Path("again/report.json").read_text())["clustering"] == report["clustering"]
+        Path("broken.pt").write_text("no checkpoint")
+        for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
+                           (["--ckpt", "out.pt", "--out", "no/such"], "no/such"), (["--ckpt", "out.pt", "--dataset", "nowhere"], "nowhere")):
+            status, out, err = run(argv)
+            assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
+        # the reader's accuracy there is the evaluation's
+        model, args = train.load_checkpoint("out.pt")
+        model.fraction = 1.0
+        _, test = train.load_dataset(args)
+        bank, predicted = diagnostics.embed(model, test)
+        assert float((predicted == test.labels).double().mean()) == train.evaluate(model, test)["test_accuracy"]
+        assert torch.equal(bank["tokens"], torch.cat([model.fit(test.signal(x)).detach() for x in test.pixels.split(64)]))
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 
 def main(words: list[str]):
