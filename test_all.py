@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import SkipTest
 
 import numpy as np
 import torch
@@ -33,10 +34,6 @@ from siren import Siren, Weights, coordinate_grid
 HERE = Path(__file__).resolve().parent
 TINY = ("--width 8 --depth 2 --steps 2 --reader-depth 1 --head-dim 4 --batch-size 16 --train-size 160 --test-size 40 "
         "--epochs 2 --workers 0").split()
-
-
-class Skipped(Exception):
-    pass
 
 
 class TextbookSiren(Siren):
@@ -355,7 +352,7 @@ def test_outer_gradients_against_the_textbook():
 
 def test_compiled_against_eager():
     if not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
-        raise Skipped("torch.compile needs a C++ compiler")
+        raise SkipTest("torch.compile needs a C++ compiler")
     images, labels = batch()
     eager, model = (tiny_model(depth=1, steps=2, reader_depth=1) for _ in range(2))
     compiled = torch.compile(model, fullgraph=True)
@@ -1069,7 +1066,7 @@ def main(words: list[str]):
         try:
             test()
             verdict, passed = "ok", passed + 1
-        except Skipped as reason:
+        except SkipTest as reason:
             verdict, skipped = f"skipped: {reason}", skipped + 1
         except Exception:
             traceback.print_exc()
