@@ -154,24 +154,23 @@ def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, tolerance:
     hessian = z.T @ z / (4 * len(z))
     hessian.diagonal().add_(penalty)
     R = torch.linalg.cholesky(hessian, upper=True)
-    V = torch.zeros(z.shape[1] + 1, classes, dtype=z.dtype, device=z.device)
-
-    def weights() -> Tensor:
-        return torch.cat([torch.linalg.solve_triangular(R, V[:-1], upper=True), V[-1:]])
-
-    optimizer = torch.optim.LBFGS([V.requires_grad_()], max_iter=500, history_size=20, tolerance_grad=tolerance,
-                                  tolerance_change=tolerance ** 2, line_search_fn="strong_wolfe")
+    whitened = torch.linalg.solve_triangular(R, z, upper=True, left=False)             # z R^-1
+    V = torch.zeros(z.shape[1] + 1, classes, dtype=z.dtype, device=z.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([V], max_iter=500, history_size=20, tolerance_grad=tolerance, tolerance_change=tolerance ** 2,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
         with torch.enable_grad():
-            W = weights()
-            loss = F.cross_entropy(z @ W[:-1] + W[-1], labels) + penalty / 2 * W[:-1].square().sum()
+            u = whitened @ V[:-1]                                                      # z W, without the bias
+            # |V|^2 = |z W|^2 / 4n + penalty |W|^2
+            loss = F.cross_entropy(u + V[-1], labels) + (V[:-1].square().sum() - u.square().sum() / (4 * len(z))) / 2
             loss.backward()
         return loss
 
     optimizer.step(closure)
-    return weights().detach()
+    V = V.detach()
+    return torch.cat([torch.linalg.solve_triangular(R, V[:-1], upper=True), V[-1:]])
 
 
 def standardised(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
