@@ -299,11 +299,14 @@ def clustering(named, bank_labels: Tensor, labels: Tensor, reader: Tensor, seed:
             "test": len(labels), "knn10_by_bank": curve, "best": {"coordinate": best[1].strip(), "measure": best[2], "accuracy": best[0]}, "gap": gap}
 
 
-def clustering_verdict(result: dict) -> str:
-    """C1 on one checkpoint: the gap alone can refute it; that no pressure to cluster helps needs several models."""
+def clustering_verdict(result: dict, whole_bank: bool = True) -> str:
+    """C1 on one checkpoint: the gap alone can refute it; that no pressure to cluster helps needs several models. A part of the bank
+    handicaps the geometry, so that it cannot support the claim."""
     mean, low, high = (100 * x for x in result["gap"])
     if high < 2:
         verdict = "refuted on this checkpoint"
+    elif not whole_bank:
+        verdict = f"not decided here (a bank of {result['bank']} images is only a part of the training set)"
     else:
         verdict = ("its first half holds on this checkpoint" if low > 2 else "not decided here") + " (the second half needs several models)"
     return (f"C1 {verdict}: reader - best geometry ({result['best']['measure']} on {result['best']['coordinate']}) = {mean:+.1f} points "
@@ -375,7 +378,8 @@ def run(argv: list[str] | None):
     data, test = train.load_dataset(args, device)
     if train.facts(test)[:2] != content["data"][:2]:
         raise train.InputError(f"--dataset {args.dataset}: other channels or classes than {flags.ckpt} was trained on")
-    if flags.samples and flags.samples < len(data):
+    every = len(data)
+    if flags.samples and flags.samples < every:
         data = data.take(train.stratified(data.labels.cpu(), flags.samples).to(data.labels.device))
     size = 4 * len(data) * 2 * model.reader.beta.numel()
     if size > BANK_BYTES:
@@ -387,7 +391,7 @@ def run(argv: list[str] | None):
     queries, reader = embed(model, test, args.workers)
     named = tqdm(list(coordinates(bank, queries, model)), "measuring", leave=False, disable=None)
     result = clustering(named, data.labels.cpu(), test.labels.cpu(), reader, flags.seed)
-    verdict = clustering_verdict(result)
+    verdict = clustering_verdict(result, whole_bank=len(data) == every)
     print(clustering_table(result) + "\n\n" + verdict)
     out.mkdir(exist_ok=True)
     report = {"flags": vars(flags), "checkpoint": train.command_line(args), "device": str(device), "clustering": result, "verdicts": {"C1": verdict},

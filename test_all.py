@@ -1009,6 +1009,7 @@ def test_clustering_verdict_on_planted_truths():
     routed, clustered, random_labels = planted(clusters=0, routed=0.9), planted(clusters=8, routed=0.9), planted(clusters=0, routed=0)
     assert routed["gap"][1] > 0.4 and "first half holds" in diagnostics.clustering_verdict(routed)
     assert clustered["rows"][0]["knn10"] > 0.99 and clustered["rows"][0]["purity"] > 0.99 and "refuted" in diagnostics.clustering_verdict(clustered)
+    assert "not decided" in diagnostics.clustering_verdict(routed, whole_bank=False)
     assert abs(random_labels["rows"][0]["knn10"] - 0.25) < 0.1 and abs(random_labels["reader"] - 0.25) < 0.1
     assert "first half holds" not in diagnostics.clustering_verdict(random_labels)
     for result in (routed, clustered):             # shuffled labels are at chance whatever was planted
