@@ -972,56 +972,343 @@ def test_measures_by_hand_and_invariance():
 
 
 def test_linear_probe_is_at_its_optimum():
-    """The gradient of the regularised loss, by autograd at the solution, is 0; primal and dual give the same scores."""
+    """The gradient of the regularised loss, by autograd at the solution, is 0, on standardised features, primal and dual alike."""
     g = torch.Generator().manual_seed(0)
-    for n, d in ((60, 5), (30, 80)):
-        x, labels = torch.randn(n, d, generator=g).double(), torch.randint(3, (n,), generator=g)
-        bank, queries = diagnostics.standardised(x, torch.randn(20, d, generator=g).double())
-        z, y = diagnostics.compressed(bank, queries)
-        assert z.shape[1] == min(n, d)
+    for n, d in ((60, 5), (40, 90)):
+        x, labels = torch.randn(n, d, generator=g).double() * 3 + 1, torch.randint(3, (n,), generator=g)
+        z = (x - x.mean(0)) / x.std(0, correction=0)
+        with replaced(diagnostics, "PROBE_LAMBDAS", (0.01,)):
+            raw = diagnostics.probe(x, labels, 3)
+        W = torch.cat([raw[:-1] * x.std(0, correction=0)[:, None], (raw[-1] + x.mean(0) @ raw[:-1])[None]]).requires_grad_()     # for z
+        loss = F.cross_entropy(z @ W[:-1] + W[-1], labels) + 0.01 * d / 2 * (W[:-1] ** 2).sum()
+        assert torch.autograd.grad(loss, W)[0].norm() < 2e-4 * max(1, float(W.detach().norm()))
         for penalty in (1.0, 0.01):
-            scores = []
-            for features, others in ((bank, queries), (z, y)):
-                W = diagnostics.logistic(features, labels, 3, penalty).requires_grad_()
-                loss = F.cross_entropy(features @ W[:-1] + W[-1], labels) + penalty / 2 * (W[:-1] ** 2).sum()
-                assert torch.autograd.grad(loss, W)[0].norm() < 1e-6 * max(1, float(W.detach().norm()))
-                scores.append(others @ W[:-1] + W[-1])
-            assert (scores[0] - scores[1]).abs().max() < 1e-4
+            W = diagnostics.logistic(z, labels, 3, penalty).requires_grad_()
+            loss = F.cross_entropy(z @ W[:-1] + W[-1], labels) + penalty / 2 * (W[:-1] ** 2).sum()
+            assert torch.autograd.grad(loss, W)[0].norm() < 1e-6 * max(1, float(W.detach().norm()))
+        if d > n:                  # the Gram matrix's Cholesky factor in place of the features: the same logits
+            L = diagnostics.factor(z @ z.T)
+            V = diagnostics.logistic(L, labels, 3, penalty)
+            assert (L @ V[:-1] + V[-1] - (z @ W[:-1] + W[-1])).abs().max() < 1e-4
     far = torch.randint(3, (200,), generator=g)
     x = torch.randn(200, 4, generator=g) + 8 * F.one_hot(far, 4)
     assert diagnostics.linear_probe(x[:150], far[:150], x[150:], far[150:]) == 1
+    wide = torch.cat([x, torch.randn(200, 160, generator=g)], 1)
+    assert diagnostics.linear_probe(wide[:150], far[:150], wide[150:], far[150:]) > 0.6
     assert diagnostics.linear_probe(x[:150] * 0 + 1, far[:150], x[150:], far[150:]) <= 0.6      # constant features
 
 
-# ---- diagnostics.py: clustering ----------------------------------------------------------------------------------------
-
-def planted(seed=0, clusters=0.0, routed=1.0, n=300):
-    """One coordinate system and a reader: how far classes lie apart, and how often the reader is right beyond chance."""
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (2 * n,), generator=g)
-    x = torch.randn(2 * n, 6, generator=g) + clusters * F.one_hot(labels, 6)
-    told = torch.rand(n, generator=g) < routed
-    reader = torch.where(told, labels[n:], torch.randint(4, (n,), generator=g))
-    return diagnostics.clustering([("phi - theta", x[:n], x[n:])], labels[:n], labels[n:], reader)
-
-
-def test_clustering_verdict_on_planted_truths():
-    routed, clustered, random_labels = planted(clusters=0, routed=0.9), planted(clusters=8, routed=0.9), planted(clusters=0, routed=0)
-    assert routed["gap"][1] > 0.4 and "first half holds" in diagnostics.clustering_verdict(routed)
-    assert clustered["rows"][0]["knn10"] > 0.99 and clustered["rows"][0]["purity"] > 0.99 and "refuted" in diagnostics.clustering_verdict(clustered)
-    assert "not decided" in diagnostics.clustering_verdict(routed, whole_bank=False)
-    assert abs(random_labels["rows"][0]["knn10"] - 0.25) < 0.1 and abs(random_labels["reader"] - 0.25) < 0.1
-    assert "first half holds" not in diagnostics.clustering_verdict(random_labels)
-    for result in (routed, clustered):             # shuffled labels are at chance whatever was planted
-        assert abs(result["rows"][0]["knn10_shuffled"] - 0.25) < 0.12 and result["rows"][0]["knn10"] == result["knn10_by_bank"][300]
-
+# ---- diagnostics.py: statistics ----------------------------------------------------------------------------------------
 
 def test_paired_bootstrap_covers_and_knows_ties():
     a = torch.tensor([1.0] * 70 + [0.0] * 30)
     assert diagnostics.paired_bootstrap(a, a) == (0, 0, 0)
     mean, low, high = diagnostics.paired_bootstrap(a, torch.zeros(100))
-    assert mean == 0.7 and abs(low - (0.7 - 1.96 * 0.0458)) < 0.02 and abs(high - (0.7 + 1.96 * 0.0458)) < 0.02   # sqrt(0.7 * 0.3 / 100)
+    assert abs(mean - 0.7) < 1e-12 and abs(low - (0.7 - 1.96 * 0.0458)) < 0.02 and abs(high - (0.7 + 1.96 * 0.0458)) < 0.02   # sqrt(0.7 * 0.3 / 100)
     assert diagnostics.paired_bootstrap(a, 1 - a, seed=3) == diagnostics.paired_bootstrap(a, 1 - a, seed=3)
+    g, covered = torch.Generator().manual_seed(0), 0
+    for repeat in range(200):      # a ratio of means, truth 2
+        x = 1 + torch.rand(100, generator=g)
+        value, low, high = diagnostics.bootstrap(torch.stack([2 * x + torch.randn(100, generator=g), x], 1), lambda m: m[..., 0] / m[..., 1], seed=repeat, draws=400)
+        covered += low <= 2 <= high
+    assert 0.88 < covered / 200 < 0.99
+
+
+def test_statistics_against_brute_force():
+    g = torch.Generator().manual_seed(1)
+    score, right = torch.randint(6, (80,), generator=g).float(), torch.rand(80, generator=g) < 0.6
+    wins = [float(a > b) + 0.5 * float(a == b) for a in score[right] for b in score[~right]]
+    value, low, high = diagnostics.auroc(score, right)
+    assert abs(value - np.mean(wins)) < 1e-12 and low < value < high
+    assert diagnostics.auroc(score, right | True) is None
+    mean, low, high = diagnostics.t_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and abs(high - (2 + 4.30265 / math.sqrt(3))) < 1e-3 and abs(low + high - 4) < 1e-9 and diagnostics.t_interval([1.0]) is None
+    assert abs(diagnostics.t_interval([0.0, 2.0])[2] - (1 + 12.7062)) < 0.01
+    assert diagnostics.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    x, y = torch.randn(12, generator=g), torch.randn(12, generator=g)
+    result = diagnostics.correlations({"a": x.tolist(), "b": (x + y).tolist()}, y.tolist(), list(range(12)))
+    assert abs(result["pearson"]["b"][0] - np.corrcoef(x + y, y)[0, 1]) < 1e-6
+    place = lambda v: np.argsort(np.argsort(v))
+    assert abs(result["spearman"]["a"][0] - np.corrcoef(place(x), place(y))[0, 1]) < 1e-6
+    assert abs(result["pearson"]["last - first"][0] - (result["pearson"]["b"][0] - result["pearson"]["a"][0])) < 1e-12
+    assert diagnostics.correlations({"a": [1, 2, 3, 4]}, [1, 2, 3, 4], list("abcd")) is None
+    noise = torch.rand(400, 60, generator=g)       # the best of 60 equal candidates is not flattered
+    picked, choices = diagnostics.crossed(noise)
+    assert abs(float(picked.mean()) - 0.5) < 0.05 and float(noise.mean(0).max()) > 0.525
+    better = noise.clone()
+    better[:, 7] += 1
+    assert diagnostics.crossed(better)[1] == [7, 7]
+    x = torch.randn(40, 6, generator=g) @ torch.randn(6, 6, generator=g)
+    mean, components, variances = diagnostics.principal(x)
+    cut = mean + (x - mean) @ components[:, :2] @ components[:, :2].T
+    U, s, V = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
+    assert np.abs(cut.numpy() - (x.mean(0).numpy() + (U[:, :2] * s[:2]) @ V[:2])).max() < 1e-4 and abs(float(variances[0]) - s[0] ** 2 / 40) < 1e-4
+    assert abs(diagnostics.effective_rank(torch.ones(5)) - 5) < 1e-6
+    big = torch.randn(600, 700, generator=g)
+    _, s, V = diagnostics.by_gram(big.double())
+    assert abs(float(s[0]) - float(torch.linalg.svdvals(big.double())[0])) < 1e-6 and apart([V[:3] @ V[:3].T], [torch.eye(3)]) < 1e-6
+
+
+def test_donors():
+    labels = torch.randint(4, (90,), generator=torch.Generator().manual_seed(0))
+    labels[0] = 9                  # alone in its class
+    rows = torch.arange(90)
+    order = diagnostics.donors(labels, "any", 0)
+    assert (order != rows).all() and torch.equal(order.sort().values, rows)
+    same = diagnostics.donors(labels, "same", 0)
+    assert (labels[same] == labels).all() and (same[1:] != rows[1:]).all() and same[0] == 0
+    other = diagnostics.donors(labels, "other", 0)
+    assert (labels[other] != labels).all() and not torch.equal(other, diagnostics.donors(labels, "other", 1))
+
+
+# ---- diagnostics.py: planted truths ------------------------------------------------------------------------------------
+
+def test_measuring_in_passes_changes_nothing():
+    """Blocks, chunks and weights that are fitted again at each pass give what the measures give on whole tensors."""
+    x, labels = samples(5, 150, 6, integers=False)
+    y, queries = samples(6, 90, 6, integers=False)
+    f = {"a": lambda b: b.tokens.flatten(1), "b": lambda b: b.tokens[:, 0]}
+    with replaced(diagnostics, "ROWS", 16):
+        given = diagnostics.measure(f, diagnostics.Fits.given(x.view(-1, 2, 3), labels), diagnostics.Fits.given(y.view(-1, 2, 3), queries), diagnostics.Fits.given(x.view(-1, 2, 3), labels))
+        bits = [train.Images(list("abc"), l, (torch.arange(len(l)) + o).to(torch.uint8).view(-1, 1, 1, 1)) for l, o in ((labels, 0), (queries, 150))]
+        both = torch.cat([x, y]).view(-1, 2, 3)
+        fit = lambda images, block: both[((images.flatten() + 1) * 127.5).round().long()]
+        again = [diagnostics.Fits(fit, data, keep) for data, keep in zip(bits, (0, 700))]
+        refitted = diagnostics.measure(f, *again, again[0])
+        assert again[1].kept and len(again[1].kept) < 6 and not again[0].kept
+    for name, (bank, own) in {"a": (x, y), "b": (x[:, :3], y[:, :3])}.items():
+        r = given[name]
+        assert torch.equal(r["neighbors"], diagnostics.nearest(bank, own, 10))
+        assert abs(float((r["knn10"] == queries).double().mean()) - diagnostics.knn_accuracy(bank, labels, own, queries)) < 1e-12
+        assert abs(float(r["purity"].mean()) - diagnostics.neighbor_purity(own, queries)) < 1e-12
+        assert abs(float(r["silhouette"].mean()) - diagnostics.silhouette(own, queries)) < 1e-4
+        assert abs(r["fisher"] - diagnostics.fisher_ratio(own, queries)) < 1e-6
+        assert float((r["nearest_mean"] == queries).double().mean()) == diagnostics.nearest_mean_accuracy(bank, labels, own, queries)
+        assert float((r["probe"] == queries).double().mean()) == diagnostics.linear_probe(bank, labels, own, queries)
+        for key in r:
+            assert torch.equal(torch.as_tensor(r[key]), torch.as_tensor(refitted[name][key])), key
+
+
+def planted(seed=0, clusters=0.0, routed=1.0, n=300):
+    """One coordinate system and a reader: how far classes lie apart, and how often the reader is right beyond chance."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (2 * n,), generator=g)
+    x = (torch.randn(2 * n, 6, generator=g) + clusters * F.one_hot(labels, 6)).view(-1, 2, 3)
+    told = torch.rand(n, generator=g) < routed
+    reader = torch.where(told, labels[n:], torch.randint(4, (n,), generator=g))
+    bank, queries = diagnostics.Fits.given(x[:n], labels[:n]), diagnostics.Fits.given(x[n:], labels[n:])
+    coordinates = diagnostics.weight_coordinates(bank)
+    return diagnostics.clustering(coordinates, bank, queries, reader), lambda: diagnostics.clustering(coordinates, bank, queries, reader, whole_bank=False)
+
+
+def test_clustering_verdict_on_planted_truths():
+    (routed, partial), (clustered, _), (random_labels, _) = planted(clusters=0, routed=0.9), planted(clusters=8, routed=0.9), planted(clusters=0, routed=0)
+    assert routed["gap"][1] > 0.4 and routed["verdict"] == "first half holds" and partial()["verdict"] == "not decided here"
+    assert clustered["rows"][0]["knn10"] > 0.99 and clustered["rows"][0]["purity"] > 0.99 and clustered["verdict"] == "refuted"
+    assert abs(random_labels["rows"][0]["knn10"] - 0.25) < 0.1 and abs(random_labels["reader"] - 0.25) < 0.1 and random_labels["verdict"] != "first half holds"
+    for result in (routed, clustered):             # shuffled labels are at chance whatever was planted
+        assert abs(result["rows"][0]["knn10_shuffled"] - 0.25) < 0.12 and result["rows"][0]["knn10"] == result["knn10_by_bank"]["300"]
+
+
+def token_flow_of(kind, n=400, seed=0):
+    """Two tokens u, v of 30 features. "input": a class vector in each; "attention": the class is the signs of u_0 v_0 and u_1 v_1, which
+    only something that compares tokens can see; "random": nothing. The planted reader adds a class vector in its second block."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, labels = torch.randn(2 * n, 2, 30, generator=g), torch.randint(4, (2 * n,), generator=g)
+    signs = lambda tokens: ((tokens[:, 0, :2] * tokens[:, 1, :2] > 0) * torch.tensor([1, 2])).sum(1)
+    if kind == "attention":
+        labels = signs(tokens)
+    elif kind == "input":
+        tokens = tokens + 6 * F.one_hot(labels, 30)[:, None]
+
+    def read(tokens, flow=False, trained=True):
+        guess = tokens.mean(1)[:, :4].argmax(1) if kind == "input" else signs(tokens)
+        found = 20 * F.one_hot(guess, 30)[:, None] if trained else 0
+        logits = F.one_hot(guess, 4).float()
+        return (logits, [tokens, tokens, tokens, tokens + found, tokens + found]) if flow else logits
+    return diagnostics.token_flow(read, lambda t, flow: read(t, flow, False), *(diagnostics.Fits.given(x, l) for x, l in ((tokens[:n], labels[:n]), (tokens[n:], labels[n:]))))
+
+
+def test_token_flow_on_planted_truths():
+    late, early, nothing = (token_flow_of(kind) for kind in ("attention", "input", "random"))
+    assert max(late["rows"][0]["pooled_knn10"], late["rows"][0]["flattened_knn10"]) < 0.4 and late["rows"][-1]["pooled_knn10"] > 0.99 and late["rows"][-1]["unseen_knn10"] > 0.99
+    assert late["verdict"] == "second half holds" and late["rise"][0] > 0.5 and [row["stage"] for row in late["rows"]][-2:] == ["attention 2", "MLP 2"]
+    assert late["rows"][-1]["untrained_pooled_knn10"] == late["rows"][0]["pooled_knn10"]
+    assert early["rows"][0]["pooled_knn10"] > 0.99 and early["verdict"] != "second half holds"
+    assert nothing["verdict"] == "not decided here" and abs(nothing["rows"][-1]["pooled_knn10"] - 0.25) < 0.1
+
+
+def test_knock_outs_by_hand():
+    torch.manual_seed(0)
+    reader = Reader(6, 8, 4, depth=2, head_dim=4)
+    for p in reader.parameters():
+        torch.nn.init.normal_(p, std=0.6)
+    torch.nn.init.zeros_(reader.head.bias)
+    torch.nn.init.zeros_(reader.beta)
+    tokens, known = torch.randn(200, 6, 9) / 100, torch.randn(70, 6, 9) / 100
+    labels = reader(tokens).argmax(1)
+    rows = {(r["replaced"], r["span"], r["block"]): r["loss"][0] for r in diagnostics.knock_outs(reader, tokens, labels, known)}
+    assert len(rows) == 2 * (4 * 2 + 2)
+    _, states = reader(known, flow=True)
+    _, mine = reader(tokens, flow=True)
+
+    def loss(x):
+        return float((reader.head(x.mean(1)).argmax(1) != labels).double().mean())
+
+    rest = lambda x, start: x if start == 4 else rest(x + reader.blocks[start](x), start + 1)
+    assert abs(rows["MLP: its mean", "alone", 2] - loss(mine[3] + reader.blocks[3](states[3]).mean(0))) < 1e-9
+    assert abs(rows["attention: nothing", "alone", 1] - loss(rest(mine[0], 1))) < 1e-9
+    both = rest(mine[0] + reader.blocks[0](states[0]).mean(0), 1)      # attention 1 at its mean; then attention 2 too
+    x = mine[0] + reader.blocks[0](states[0]).mean(0)
+    x = x + reader.blocks[1](x)
+    x = x + reader.blocks[2](states[2]).mean(0)
+    assert abs(rows["attention: its mean", "from here on", 1] - loss(x + reader.blocks[3](x))) < 1e-9
+    assert abs(rows["attention: its mean", "alone", 1] - loss(both)) < 1e-9
+    attention, x = reader.blocks[2], mine[2]
+    v = attention.qkv(attention.norm(x))[..., 16:]                     # each token's own value
+    assert abs(rows["attention: to itself", "alone", 2] - loss(rest(x + attention.layer_scale * attention.out(v), 3))) < 1e-9
+    A = diagnostics.attention_map(attention, states[2])
+    assert apart([A.sum(-1)], [torch.ones(70, 2, 6)]) < 1e-6
+    v = attention.qkv(attention.norm(states[2]))[..., 16:].unflatten(-1, (2, 4)).transpose(1, 2)
+    assert apart([attention.layer_scale * attention.out((A @ v).transpose(1, 2).flatten(2))], [attention(states[2])]) < 1e-5
+    v = attention.qkv(attention.norm(x))[..., 16:].unflatten(-1, (2, 4)).transpose(1, 2)
+    averaged = attention.layer_scale * attention.out((A.mean(0) @ v).transpose(1, 2).flatten(2))
+    assert abs(rows["attention: mean map", "alone", 2] - loss(rest(x + averaged, 3))) < 1e-9
+    assert max(rows.values()) > 0.1
+
+
+def bias_route_of(where, n=600, seed=0, tokens_=12, width=20):
+    """Tokens whose class is planted, and a reader that reads it there: "bias", "column" (number 3), "energy" (every column, as far
+    as its energy goes), "joint" (the sign of a product of two bias entries), "nowhere" (random labels)."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (2 * n,), generator=g)
+    scale = torch.linspace(0.5, 1.5, width + 1)
+    scale[-1] = 1.0
+    x = torch.randn(2 * n, tokens_, width + 1, generator=g) * scale
+    told = torch.randn(4, tokens_, width + 1, generator=g) * scale
+    if where == "joint":
+        labels = (x[:, 0, -1] * x[:, 1, -1] > 0).long()
+        read = lambda t: torch.stack([-t[:, 0, -1] * t[:, 1, -1], t[:, 0, -1] * t[:, 1, -1]], 1)
+    else:
+        used = {"bias": [width], "column": [3], "energy": range(width + 1), "nowhere": range(width + 1)}[where]
+        mask = torch.zeros(width + 1).index_fill_(0, torch.tensor(list(used)), 0.35 if where == "energy" else 2.0)
+        if where != "nowhere":
+            x = x + (told * mask)[labels]
+        y = told * mask / scale ** 2
+        read = lambda t: torch.einsum("ntf,ctf->nc", t, y) - ((told * mask) * y).sum((1, 2)) / 2
+    parts = diagnostics.controls(x[:n], torch.eye(width + 1)[:width], torch.ones(width), repeats=3)
+    result = diagnostics.bias_route(read, x[n:], labels[n:], x[:n], parts, repeats=3)
+    return result, {row["name"]: row["loss"][0] for row in result["rows"]}
+
+
+def test_bias_route_on_planted_truths():
+    bias, loss = bias_route_of("bias")
+    assert bias["reader"] > 0.95 and bias["verdict"] == "holds" and loss["another image's"] > 0.5 and loss["all but the bias column"] > 0.5
+    assert abs(loss["only the bias column"]) < 0.02 and bias["single_columns"]["bias_percentile"] == 100 and bias["moved_to_donor"][0] > 0.8
+    assert all(abs(row["loss"][0]) < 0.02 for row in bias["rows"] if row["group"] in ("control", "low-rank control")) and abs(loss["another image's of the same class"]) < 0.02
+    full = max((row for row in bias["rows"] if row["group"] == "rank"), key=lambda row: row["rank"])
+    assert loss["bias column, rank 0"] > 0.5 and abs(loss["bias column, rank 4"]) < 0.03 and abs(full["loss"][0]) < 0.01
+    column, loss = bias_route_of("column")
+    assert column["reader"] > 0.95 and column["verdict"] == "refuted" and loss["another image's"] == 0 and max(column["single_columns"]["losses"].values()) > 0.5
+    energy, loss = bias_route_of("energy")
+    assert energy["reader"] > 0.8 and energy["verdict"] != "holds" and loss["another image's"] < 0.15
+    joint, loss = bias_route_of("joint")
+    assert joint["reader"] == 1 and joint["verdict"] == "holds" and loss["each entry another image's"] > 0.4 and loss["Gaussian, same mean and variance"] > 0.4
+    assert loss["another image's of the same class"] == 0 and joint["moved_to_donor"][0] == 1 and loss["its negative"] == 0
+    nothing, _ = bias_route_of("nowhere")
+    assert abs(nothing["reader"] - 0.25) < 0.08 and nothing["verdict"] == "not decided here"
+
+
+def test_controls_hold_the_energy():
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(300, 5, 13, generator=g) * torch.linspace(0.3, 2, 13), torch.randn(12, 13, generator=g)
+    parts = diagnostics.controls(x, W, torch.linspace(0, 1, 12), repeats=4)
+    energy = lambda z: float((z - z.mean(0)).square().sum() / len(z))
+    for where, M in (("before", torch.eye(13)), ("after", W)):
+        sets = parts[f"random columns, energy matched {where} the input map"]
+        assert len(sets) == 4
+        for U in sets:
+            assert energy(x @ U @ U.T @ M.T) >= energy(x[..., -1:] @ M.T[-1:]) * 0.999 and U[-1].abs().max() == 0
+            fewer = U[:, :-1]
+            assert U.shape[1] == 1 or energy(x @ fewer @ fewer.T @ M.T) < energy(x[..., -1:] @ M.T[-1:])      # and no more columns than needed
+    assert parts["column of highest energy"][0].argmax() == 11 and parts["most constant column"][0].argmax() == 11
+    v = parts["leading direction"][0][:, 0]
+    assert v[-1] == 0 and energy(x @ v[:, None]) >= max(energy(x[..., j:j + 1]) for j in range(12)) - 1e-3
+    siren = Siren(2, 3, width=6, depth=1)
+    torch.nn.init.constant_(siren.first[2, :2], 0.0)
+    torch.nn.init.constant_(siren.first[2, 2:], 0.1)                   # this neuron does not see the pixel's place
+    assert int(diagnostics.constancy(siren.requires_grad_(False), coordinate_grid(8, 8)).argmax()) == 2
+    y = diagnostics.put(x[:5], x[5:10] @ parts["bias column"][0], parts["bias column"][0])
+    assert apart([y[..., -1]], [x[5:10, :, -1]]) < 1e-6 and apart([y[..., :-1]], [x[:5, :, :-1]]) < 1e-6
+
+
+def test_content_on_planted_truths():
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (500,), generator=g)
+    images = 0.25 * torch.randn(500, 3, 6, 6, generator=g) + 0.6 * (F.one_hot(labels, 3) - 0.5)[:, :, None, None]
+
+    def fit(images, block=0, column=-1):
+        tokens = images.flatten(2)[:, :, :9].clone()                   # pixels, in no relation to the class once the mean is out
+        tokens -= images.mean((2, 3))[:, :, None]
+        tokens[:, :, column] = images.mean((2, 3))
+        return tokens
+
+    for column, name in ((-1, "bias column"), (2, "column of highest energy")):
+        tokens = fit(images, column=column)
+        known, test = (diagnostics.Block(0, images[s], labels[s], tokens[s], tokens[s][:, :0]) for s in (slice(250), slice(250, 500)))
+        read = lambda t: t[:, :, column]
+        parts = diagnostics.controls(known.tokens, repeats=2)
+        result = diagnostics.content(read, lambda x, b: fit(x, b, column), test, known, parts)
+        other, same = result["mediation"]
+        part = other["parts"]
+        assert other["total"][0] > 0.5 and abs(same["total"][0]) < 0.05 and same["parts"]["bias column"]["share"] is None
+        expected = float(column == -1)
+        assert abs(part["bias column"]["share"][0] - expected) < 0.05 and abs(part["bias column"]["share_restored"][0] - expected) < 0.05
+        assert abs(part["column of highest energy"]["share"][0] - (1 - expected)) < 0.05
+        r2 = diagnostics.at_rank(result["regressions"][name], 4)
+        assert all(r2[f"mean {c}"][0] > 0.999 for c in ("red", "green", "blue")) and r2["contrast"][0] < 0.5
+        assert result["regressions"][name]["from_facts"][0][0] > 0.999
+    x, y = torch.randn(100, 3, generator=g), torch.randn(100, 2, generator=g)
+    y[:, 1] = 2.0
+    fitted = np.linalg.lstsq(np.c_[x[:60], np.ones(60)], y[:60, 0].numpy(), rcond=None)[0]
+    error = y[60:, 0].numpy() - np.c_[x[60:], np.ones(40)] @ fitted
+    r2 = diagnostics.regression(x[:60], y[:60], x[60:], y[60:])
+    assert abs(r2[0][0] - (1 - (error ** 2).sum() / ((y[60:, 0] - y[60:, 0].mean()) ** 2).sum())) < 1e-5 and r2[0][1] < r2[0][0] < r2[0][2] and r2[1] is None
+    ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
+    facts = diagnostics.image_facts(torch.cat([ramp, ramp.mT]))
+    assert abs(float(facts["mean red"][0])) < 1e-6 and float(facts["left - right"][0]) < -1 and abs(float(facts["top - bottom"][0])) < 1e-6
+    assert abs(float(facts["left - right"][0] - facts["top - bottom"][1])) < 1e-6 and abs(float(facts["cosine (0, 1)"][0] - facts["cosine (1, 0)"][1])) < 1e-6
+
+
+def test_comparison_across_models():
+    g = torch.Generator().manual_seed(0)
+
+    def population(link, gap=0.1, n=5, seeds=3, late=0.05, margin=0.05):
+        found = []
+        for i in range(n):
+            for seed in range(seeds):
+                strength = i / n + 0.02 * float(torch.randn(1, generator=g))
+                reader = 0.5 + 0.1 * strength
+                purity = strength if link else float(torch.rand(1, generator=g))
+                found.append(dict(name=f"{i}-{seed}", seed=seed, w_task=float(i), reader=reader, architecture="one", setting=str(i), apart_from_w_task=str(seed), purity=purity,
+                                  whole_bank=True, gap=gap + 0.001 * seed, late=late + 0.001 * seed, rise=0.2 + 0.001 * seed, margin=margin + 0.001 * seed,
+                                  permuted=0.1, stages={"input tokens": (0.1 * float(torch.rand(1, generator=g)), 0.3), "MLP 1": (strength, strength)}))
+        return found
+
+    tracked, apart_ = diagnostics.across(population(link=True)), diagnostics.across(population(link=False, n=8))
+    assert tracked["correlations"]["purity"]["spearman"]["phi - theta"][0] > 0.9 and all("refuted" in v for v in tracked["verdicts"] if v.startswith("C1"))
+    assert any("C1" in v and ("supported" in v or "not decided" in v) for v in apart_["verdicts"])
+    assert apart_["correlations"]["stage purity"]["spearman"]["MLP 1"][0] > 0.9 and all("supported" in v for v in apart_["verdicts"] if v.startswith("C2"))
+    assert all("supported" in v for v in tracked["verdicts"] if v.startswith("C3"))
+    assert all("refuted" in v for v in diagnostics.across(population(True, margin=-0.1))["verdicts"] if v.startswith("C3"))
+    assert len(tracked["pairs"]) == 4 and tracked["pairs"][0]["n"] == 3
+    few = diagnostics.across(population(True, n=1))
+    assert few["correlations"]["purity"] is None and "too few" in few["verdicts"][0] and "not decided" in few["verdicts"][0]
+    alone = diagnostics.across(population(True, n=1, seeds=2))
+    assert "No setting has three seeds" in alone["verdicts"][0]
+    mixed = population(True)
+    mixed[0]["architecture"] = "two"
+    assert diagnostics.across(mixed)["models"] == 14 and diagnostics.across(mixed)["others"] == 1
 
 
 def test_diagnostics_command():
@@ -1034,27 +1321,33 @@ def test_diagnostics_command():
             except SystemExit as error:
                 return error.code, out.getvalue(), err.getvalue()
     with folder() as here:
-        assert command([*TINY, "--fraction", "0.5"])[0] == 0
-        status, out, err = run(["--ckpt", "out.pt", "--samples", "80"])
-        assert status == 0 and "C1 " in out and all(len(line) <= 100 for line in out.splitlines() if not line.startswith("C1")), err
-        report = json.loads((here / "out-diagnostics" / "report.json").read_text())
-        rows = {row["coordinate"].strip(): row for row in report["clustering"]["rows"]}
-        assert report["clustering"]["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
-        assert (here / "out-diagnostics" / "clustering.png").read_bytes().startswith(b"\x89PNG")
-        again = run(["--ckpt", "out.pt", "--samples", "80", "--out", "again"])
-        assert again[0] == 0 and json.loads(Path("again/report.json").read_text())["clustering"] == report["clustering"]
+        assert command([*TINY, "--fraction", "0.5"])[0] == 0 and command([*TINY, "--fraction", "0.5", "--w-task", "0", "--out", "wt.pt"])[0] == 0
+        status, out, err = run(["--ckpt", "out.pt", "--samples", "80", "--repeats", "2"])
+        assert status == 0 and all(f"\n{claim} " in out for claim in ("C1", "C2", "C3")), err
+        report = json.loads((here / "out-diagnostics" / "report.json").read_text())["model"]
+        rows = {row["coordinate"]: row for row in report["experiments"]["clustering"]["rows"]}
+        assert report["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
+        assert set(report["experiments"]) == set(diagnostics.EXPERIMENTS)
+        for figure in ("clustering", "token_flow", "bias_route", "content", "summary"):
+            assert (here / "out-diagnostics" / f"{figure}.png").read_bytes().startswith(b"\x89PNG"), figure
+        again = run(["--ckpt", "out.pt", "--samples", "80", "--repeats", "2", "--out", "again"])
+        assert again[0] == 0 and json.loads(Path("again/report.json").read_text())["model"] == report
+        status, out, err = run(["--ckpt", "out.pt", "wt.pt", "--only", "clustering", "bias-route", "--repeats", "1", "--out", "both"])
+        assert status == 0 and "too few" in out and "No setting has three seeds" in out and "w_task 0.01 minus 0" in out, err
+        assert {p.name for p in Path("both").iterdir()} == {"out", "wt", "report.json", "models.png"} and not Path("both/out/content.png").exists()
         Path("broken.pt").write_text("no checkpoint")
-        for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
-                           (["--ckpt", "out.pt", "--out", "no/such"], "no/such"), (["--ckpt", "out.pt", "--dataset", "nowhere"], "nowhere")):
+        for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "out.pt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
+                           (["--ckpt", "out.pt", "--out", "no/such"], "no/such"), (["--ckpt", "out.pt", "--dataset", "nowhere"], "nowhere"),
+                           (["--ckpt", "out.pt", "out.pt"], "twice"), (["--ckpt", "out.pt", "--only", "magic"], "magic")):
             status, out, err = run(argv)
             assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
         # the reader's accuracy there is the evaluation's
         model, args = train.load_checkpoint("out.pt")
         model.fraction = 1.0
         _, test = train.load_dataset(args)
-        bank, predicted = diagnostics.embed(model, test)
-        assert float((predicted == test.labels).double().mean()) == train.evaluate(model, test)["test_accuracy"]
-        assert torch.equal(bank["tokens"], torch.cat([model.fit(test.signal(x)).detach() for x in test.pixels.split(64)]))
+        block = diagnostics.Fits(diagnostics.fitter(model), test).whole()
+        assert float((model.read(block.tokens).argmax(1) == test.labels).double().mean()) == train.evaluate(model, test)["test_accuracy"]
+        assert apart([block.tokens], [model.fit(test.signal(test.pixels))]) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------------------------------
