@@ -345,7 +345,7 @@ def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, dra
 
 # ---- Fitted weights ------------------------------------------------------------------------------------------------------
 
-MEMORY = 7 << 29                   # bytes, 3.5 GiB: fitted weights that are kept, and what is made of them at one time
+MEMORY = 13 << 28                  # bytes, 3.25 GiB: fitted weights that are kept, and what is made of them at one time
 ROWS = 256                         # images in a block
 REFERENCE = 2000                   # training images for linear probes, means, principal components and regressions
 
@@ -438,10 +438,11 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
     work, groups, room = max(1 << 28, MEMORY - bank.bytes - queries.bytes), [], 0
     for name, size in bytes_each.items():
-        if not groups or room < q * size:
+        size *= max(2 * q, len(reference or ()))           # the queries twice: as they are, and centred
+        if not groups or room < size:
             groups, room = groups + [[]], work
         groups[-1].append(name)
-        room -= q * size
+        room -= size
     results = {}
     bar = tqdm(desc="measuring", total=len(coordinates), leave=False, disable=None)
     for group in groups:
@@ -450,7 +451,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
             for name in group:
                 known[name].append(coordinates[name](block).float())
         probes = {name: probe(torch.cat(known.pop(name)), reference.labels, classes) for name in group if known[name]}
-        rows = ROWS * max(1, work // (ROWS * sum(bytes_each[name] for name in group)))
+        rows = ROWS * max(1, work // (2 * ROWS * sum(bytes_each[name] for name in group)))
         parts = {name: {} for name in group}
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
         own_sums = {name: torch.zeros_like(means[name]) for name in group}
@@ -467,6 +468,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                     near[name].update(x)
                     if start == 0:
                         means[name].index_add_(0, block.labels, x.double())
+            found = {name: near.pop(name).index for name in group}
             among = {name: Nearest(x, k, start) for name, x in chunk.items()}
             sums = {name: torch.zeros(len(x), classes, dtype=f64, device=device) for name, x in chunk.items()}
             centre = {name: x.double().mean(0) for name, x in chunk.items()} if start == 0 else centre
@@ -484,8 +486,8 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 if start == 0:
                     means[name] = means[name][sizes > 0] / sizes[sizes > 0, None]
                 mine = labels[start:start + len(x)]
-                neighbors = bank.labels[near[name].index]
-                part = {"knn1": neighbors[:, 0], "knn10": vote(neighbors, classes), "neighbors": near[name].index,
+                neighbors = bank.labels[found[name]]
+                part = {"knn1": neighbors[:, 0], "knn10": vote(neighbors, classes), "neighbors": found[name],
                         "shares": (neighbors == mine[:, None]).double().mean(1),
                         "purity": (labels[among[name].index] == mine[:, None]).double().mean(1),
                         "silhouette": silhouettes(sums[name], mine, of_class),
@@ -743,16 +745,12 @@ def put(x: Tensor, values: Tensor, U: Tensor) -> Tensor:
 def principal(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (d,), components (d, r) by falling variance, and their variances (r,), of rows (n, d)."""
     mean = values.mean(0)
-    _, s, V = torch.linalg.svd((values - mean).double(), full_matrices=False) if min(values.shape) <= 512 else by_gram((values - mean).double())
-    kept = s > 1e-6 * s[0].clamp_min(1e-300)
-    return mean, V.mT[:, kept].to(values.dtype), s[kept].square() / len(values)
-
-
-def by_gram(x: Tensor):
-    """Singular values and right vectors from the smaller Gram matrix: several times faster than a full decomposition."""
-    e, Q = torch.linalg.eigh(x @ x.mT if len(x) <= x.shape[1] else x.mT @ x)
-    s, Q = e.flip(0).clamp_min(0).sqrt(), Q.flip(1)
-    return None, s, (Q.mT @ x) / s.clamp_min(1e-300)[:, None] if len(x) <= x.shape[1] else Q.mT
+    x = (values - mean).double()
+    wide = x.shape[0] < x.shape[1]
+    squares, Q = torch.linalg.eigh(x @ x.mT if wide else x.mT @ x)         # the smaller Gram matrix: faster than svd
+    kept = torch.nonzero(squares > 1e-12 * squares[-1]).flatten().flip(0)
+    components = x.mT @ Q[:, kept] / squares[kept].sqrt() if wide else Q[:, kept]
+    return mean, components.to(values.dtype), squares[kept] / len(x)
 
 
 def effective_rank(variances: Tensor) -> float:
@@ -927,7 +925,7 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
             "moved_to_donor": bootstrap(drawn_to.mean(0), seed=seed), "effective_rank": effective_rank(variances), "bias_entries": own.shape[1],
             "single_columns": {"images": len(few), "losses": singles, "bias": bias_there,
                                "bias_percentile": 100 * float(np.mean([loss < bias_there for loss in singles.values()]))},
-            "verdict": "holds" if low > 2 else "refuted" if high < 0 else "not decided here"}
+            "verdict": "supported" if low > 2 else "refuted" if high < 0 else "not decided here"}
 
 
 # ---- Content: what the route carries -------------------------------------------------------------------------------------
@@ -1513,7 +1511,7 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     queries = Fits(fit, test, MEMORY, device, args.workers)
     for _ in queries.blocks():                             # the test images are looked at most often, so they are kept first
         pass
-    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 29)), device, args.workers)
+    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 28)), device, args.workers)
     for _ in bank.blocks():
         pass
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
