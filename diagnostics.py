@@ -1318,7 +1318,8 @@ def flow_figure(path: Path, result: dict):
         axis.set_ylabel("loss of accuracy (points)")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    if knocked:
+        axes[5].legend(fontsize=7)                         # of both
     figure.suptitle(f"Token flow: A, M: after the attention, the MLP of a block; bank {result['bank']}, test {result['test']} images", fontsize=11)
     figure.savefig(path)
 
