@@ -18,6 +18,7 @@ import os
 import platform
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1149,7 +1150,7 @@ def bias_table(result: dict) -> str:
         lines += [f"{title}"] if title else []
         for row in result["rows"]:
             if row["group"] == group:
-                name = row["name"] + (f" ({row['columns']:.0f} columns)" if row.get("columns", 1) > 1 else "") + (f" ({100 * row['energy']:.0f}% of its variance)" if "energy" in row else "")
+                name = row["name"].replace("energy matched", "matched") + (f" ({row['columns']:.0f} columns)" if row.get("columns", 1) > 1 else "") + (f" ({100 * row['energy']:.0f}% of its variance)" if "energy" in row else "")
                 lines.append(f"  {name:56s}{span(row['loss'], 100):>24s}{'' if row['sd'] is None else format(100 * row['sd'], '.1f'):>7s}{row['repeats']:4d}")
     singles = sorted(result["single_columns"]["losses"].values())
     lines.append(f"{len(singles)} single columns, another image's ({result['single_columns']['images']} images): loss {100 * singles[0]:+.1f} to {100 * singles[-1]:+.1f}, median {100 * singles[len(singles) // 2]:+.1f}; "
@@ -1400,9 +1401,8 @@ def summary_figure(path: Path, model: dict):
         axis.barh(range(len(names) + 2), [100 * rows[name]["knn10"] for name in names] + [100 * c["best_accuracy"], 100 * c["reader"]], color=["C1"] * len(names) + ["C2", "C0"], alpha=0.75)
         axis.set_yticks(range(len(names) + 2), [f"10-NN, {name}" for name in names] + ["best geometry of the weights", "trained reader"], fontsize=8)
         axis.invert_yaxis()
-        axis.axvline(100 / c["classes"], color="grey", linestyle=":", label="chance")
-        axis.legend(fontsize=8)
-        axis.set_xlabel("accuracy (%)")
+        axis.axvline(100 / c["classes"], color="black", linestyle=":")
+        axis.set_xlabel("accuracy on test images (%); dotted: chance")
         axis.set_title(f"Do the weights cluster?\nreader - best geometry {span(c['gap'], 100)}: C1 {c['verdict']}", fontsize=10)
     if "token-flow" in e:
         f, axis = e["token-flow"], axes.pop(0)
@@ -1559,7 +1559,8 @@ def tables(model: dict) -> str:
         text += [flow_table(e["token-flow"]), knock_out_table(e["token-flow"]["knock_outs"])]
     text += [bias_table(e["bias-route"])] if "bias-route" in e else []
     text += [content_table(e["content"])] if "content" in e else []
-    return "\n\n".join([*text, "\n".join(summary(model))])
+    lines = "\n\n".join([*text, "\n".join(summary(model))]).split("\n")
+    return "\n".join(line if len(line) <= 100 else textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
 def run(argv: list[str] | None):

@@ -1326,6 +1326,7 @@ def test_diagnostics_command():
         assert command([*TINY, "--fraction", "0.5"])[0] == 0 and command([*TINY, "--fraction", "0.5", "--w-task", "0", "--out", "wt.pt"])[0] == 0
         status, out, err = run(["--ckpt", "out.pt", "--samples", "80", "--repeats", "2"])
         assert status == 0 and all(f"\n{claim} " in out for claim in ("C1", "C2", "C3")), err
+        assert all(len(line) <= 100 for line in out.splitlines()), [line for line in out.splitlines() if len(line) > 100]
         report = json.loads((here / "out-diagnostics" / "report.json").read_text())["model"]
         rows = {row["coordinate"]: row for row in report["experiments"]["clustering"]["rows"]}
         assert report["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
