@@ -1559,8 +1559,12 @@ def tables(model: dict) -> str:
         text += [flow_table(e["token-flow"]), knock_out_table(e["token-flow"]["knock_outs"])]
     text += [bias_table(e["bias-route"])] if "bias-route" in e else []
     text += [content_table(e["content"])] if "content" in e else []
-    lines = "\n\n".join([*text, "\n".join(summary(model))]).split("\n")
-    return "\n".join(line if len(line) <= 100 else textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
+    return fold("\n\n".join([*text, "\n".join(summary(model))]))
+
+
+def fold(text: str) -> str:
+    """Lines of at most 100 columns."""
+    return "\n".join(line if len(line) <= 100 else textwrap.fill(line, 100, subsequent_indent="  ") for line in text.split("\n"))
 
 
 def run(argv: list[str] | None):
@@ -1616,7 +1620,7 @@ def models_table(result: dict) -> str:
         lines.append(f"purity of phi - theta, w_task {pair['w_task']:g} minus 0, same seeds: {pair['mean']:+.4f}" + (f" [{pair['interval'][1]:+.4f}, {pair['interval'][2]:+.4f}], n = {pair['n']}" if pair["interval"] else " (one seed)"))
     for key, c in result["correlations"].items():
         lines.append(f"rho with reader accuracy, {key}: " + (", ".join(f"{name} {value[0]:+.2f}" for name, value in c["spearman"].items()) + f" (Spearman, {c['n']} models, {c['settings']} settings)" if c else "too few"))
-    return "\n".join([*lines, *result["verdicts"]])
+    return fold("\n".join([*lines, *result["verdicts"]]))
 
 
 def save(path: Path, content: dict):

@@ -1091,6 +1091,27 @@ def test_measuring_in_passes_changes_nothing():
             assert torch.equal(torch.as_tensor(r[key]), torch.as_tensor(refitted[name][key])), key
 
 
+def test_coordinates_of_the_weights():
+    """Euclidean measures of phi, phi - theta and lambda (phi - theta + beta) agree, so that only cosine ones are listed apart;
+    these do not depend on an image's scale."""
+    g = torch.Generator().manual_seed(0)
+    x, theta, labels = torch.randn(120, 4, 5, generator=g), torch.randn(4, 5, generator=g), torch.randint(3, (120,), generator=g)
+    bank = diagnostics.Fits.given(x, labels)
+    named = {name.strip(): f for name, f in diagnostics.weight_coordinates(bank, 2, theta, 0 * theta).items()}
+    assert "pixels" not in named and "first layer" not in named        # there are none
+    block = bank.kept[0]
+    plain = diagnostics.nearest(named["phi - theta"](block), None, 10)
+    for moved in (x + theta, 500 * (x + theta)):
+        assert torch.equal(diagnostics.nearest(moved.flatten(1), None, 10), plain)
+    cosine = named["cosine of phi - theta"]
+    scaled = block._replace(tokens=x * torch.rand(120, 1, 1, generator=g).add(0.1))
+    assert apart([cosine(scaled)], [cosine(block)]) < 1e-6 and apart([named["cosine of phi"](block)], [F.normalize((x + theta).flatten(1), dim=1)]) < 1e-6
+    z = named["standardised per weight"](block)
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0, correction=0) - 1).abs().max() < 1e-5
+    assert torch.equal(named["bias column"](block), x[..., 4]) and torch.equal(named["hidden layer 2"](block), x[:, 2:].flatten(1))
+    assert torch.equal(named["all but the bias column"](block), x[..., :4].flatten(1))
+
+
 def planted(seed=0, clusters=0.0, routed=1.0, n=300):
     """One coordinate system and a reader: how far classes lie apart, and how often the reader is right beyond chance."""
     g = torch.Generator().manual_seed(seed)
@@ -1337,6 +1358,7 @@ def test_diagnostics_command():
         assert again[0] == 0 and json.loads(Path("again/report.json").read_text())["model"] == report
         status, out, err = run(["--ckpt", "out.pt", "wt.pt", "--only", "clustering", "bias-route", "--repeats", "1", "--out", "both"])
         assert status == 0 and "too few" in out and "No setting has three seeds" in out and "w_task 0.01 minus 0" in out, err
+        assert all(len(line) <= 100 for line in out.splitlines())
         assert {p.name for p in Path("both").iterdir()} == {"out", "wt", "report.json", "models.png"} and not Path("both/out/content.png").exists()
         Path("broken.pt").write_text("no checkpoint")
         for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "out.pt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
