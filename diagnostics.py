@@ -447,21 +447,21 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     results = {}
     bar = tqdm(desc="measuring", total=len(coordinates), leave=False, disable=None)
     for group in groups:
-        known = {name: [] for name in group}
-        for block in reference.blocks() if reference is not None else []:
-            for name in group:
-                known[name].append(coordinates[name](block).float())
-        probes = {name: probe(torch.cat(known.pop(name)), reference.labels, classes) for name in group if known[name]}
+        def collect(data, start, stop):
+            x = {name: torch.empty(stop - start, bytes_each[name] // 4, device=device) for name in group}
+            for block in data.blocks(start, stop):
+                for name in group:
+                    x[name][block.start - start:block.start - start + len(block.labels)] = coordinates[name](block)
+            return x
+
+        known = collect(reference, 0, len(reference)) if reference is not None else {}
+        probes = {name: probe(known.pop(name), reference.labels, classes) for name in list(known)}
         rows = ROWS * max(1, work // (2 * ROWS * sum(bytes_each[name] for name in group)))
         parts = {name: {} for name in group}
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
         own_sums = {name: torch.zeros_like(means[name]) for name in group}
         for start in range(0, q, rows):
-            chunk = {name: [] for name in group}
-            for block in queries.blocks(start, start + rows):
-                for name in group:
-                    chunk[name].append(coordinates[name](block).float())
-            chunk = {name: torch.cat(chunk.pop(name)) for name in group}
+            chunk = collect(queries, start, min(q, start + rows))
             near = {name: Nearest(x, k) for name, x in chunk.items()}
             for block in bank.blocks():
                 for name in group:
