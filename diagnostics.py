@@ -50,6 +50,11 @@ def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2):
         raise ValueError(f"{len(labels.unique())} class in the sample, but {classes} are needed")
 
 
+def column_means(x: Tensor) -> Tensor:
+    """(n, d) -> (d,) float64, without a float64 copy of x."""
+    return sum(rows.sum(0, dtype=torch.float64) for rows in x.split(256)) / len(x)
+
+
 class Nearest:
     """The k nearest bank rows of each query, nearest first, over a bank that comes block by block; equal distances go to the
     lower index. queries (q, d); first: the bank row that the first query is, where queries are bank rows: none is its own neighbour.
@@ -60,7 +65,7 @@ class Nearest:
 
     def __init__(self, queries: Tensor, k: int, first: int | None = None):
         self.raw, self.k, self.first, self.seen = queries, k, first, 0
-        self.mean = queries.double().mean(0).to(queries.dtype)
+        self.mean = column_means(queries).to(queries.dtype)
         self.y = queries - self.mean
         self.squares = self.y.square().sum(1, keepdim=True)
         self.distance = torch.full((len(queries), k), math.inf, dtype=torch.float64, device=queries.device)    # squared
@@ -80,8 +85,8 @@ class Nearest:
             limit = torch.minimum(limit, (d + slack).topk(self.k, largest=False).values[:, -1:].double())
         rows, columns = ((d - slack <= limit) & (d < math.inf)).nonzero(as_tuple=True)
         if len(rows):
-            exact = torch.cat([(self.raw[r] - block[c]).square().sum(1, dtype=torch.float64)
-                               for r, c in zip(*(z.split(max(1, BLOCK_BYTES // (32 * x.shape[1]))) for z in (rows, columns)))])
+            exact = torch.cat([self.raw[r].sub_(block[c]).square_().sum(1, dtype=torch.float64)
+                               for r, c in zip(*(z.split(max(1, BLOCK_BYTES // (128 * x.shape[1]))) for z in (rows, columns)))])
             counts = torch.bincount(rows, minlength=len(d))
             place = self.k + torch.arange(len(rows), device=d.device) - (counts.cumsum(0) - counts)[rows]
             shape = len(d), self.k + int(counts.max())
@@ -391,19 +396,17 @@ class Fits:
         batches = self.data.batches(missing, self.device, self.workers) if missing else None
         with tqdm(desc="fitting", total=sum(map(len, missing)), unit=" images", leave=False, disable=None if missing else True) as bar:
             for b in numbers:
-                if b in self.kept:
-                    yield self.kept[b]
-                    continue
-                images, labels = next(batches)
-                images = self.data.signal(images)
-                fitted = self.fit(images, b)
-                tokens, first = fitted if isinstance(fitted, tuple) else (fitted, images.new_zeros(len(images), 0))
-                block = Block(b * ROWS, images, labels, tokens, first)
-                size = sum(x.numel() * x.element_size() for x in block[1:])
-                if self.bytes + size <= self.keep:
-                    self.kept[b], self.bytes = block, self.bytes + size
-                bar.update(len(images))
-                yield block
+                block = self.kept.get(b)
+                if block is None:
+                    grey, labels = next(batches)           # uint8 images
+                    fitted = self.fit(self.data.signal(grey), b)
+                    tokens, first = fitted if isinstance(fitted, tuple) else (fitted, fitted.new_zeros(len(grey), 0))
+                    block = Block(b * ROWS, grey, labels, tokens, first)
+                    size = sum(x.numel() * x.element_size() for x in block[1:])
+                    if self.bytes + size <= self.keep:
+                        self.kept[b], self.bytes = block, self.bytes + size
+                    bar.update(len(grey))
+                yield block._replace(images=self.data.signal(block.images)) if self.data else block
 
     def whole(self) -> Block:
         """All of it as one block."""
@@ -472,7 +475,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
             found = {name: near.pop(name).index for name in group}
             among = {name: Nearest(x, k, start) for name, x in chunk.items()}
             sums = {name: torch.zeros(len(x), classes, dtype=f64, device=device) for name, x in chunk.items()}
-            centre = {name: x.double().mean(0) for name, x in chunk.items()} if start == 0 else centre
+            centre = {name: column_means(x) for name, x in chunk.items()} if start == 0 else centre
             total = dict.fromkeys(group, 0.0) if start == 0 else total
             for block in queries.blocks():
                 member = F.one_hot(block.labels, classes).to(f64)
@@ -1512,7 +1515,7 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     queries = Fits(fit, test, MEMORY, device, args.workers)
     for _ in queries.blocks():                             # the test images are looked at most often, so they are kept first
         pass
-    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 28)), device, args.workers)
+    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 27)), device, args.workers)
     for _ in bank.blocks():
         pass
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
