@@ -774,8 +774,8 @@ def constancy(siren, coords: Tensor) -> Tensor:
     """How constant each incoming activation of the hidden layers is over pixels, at theta: mean^2 / mean square, over all layers
     (width,), 1 for a bias."""
     a, means, squares = coords, 0.0, 0.0
-    for weight, omega in siren.layers(siren.anchor())[:-1]:
-        a = torch.sin(omega * (a @ weight[:, :-1].mT + weight[:, -1]))                 # (P, width), the next layer's input
+    for weight in siren.layers(siren.anchor())[:-1]:
+        a = torch.sin(a @ weight[:, :-1].mT + weight[:, -1])                           # (P, width), the next layer's input
         means, squares = means + a.mean(0).square(), squares + a.square().mean(0)
     return means / squares
 

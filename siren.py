@@ -32,6 +32,21 @@ def coordinate_grid(height: int, width: int) -> Tensor:
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).view(-1, 2)
 
 
+class SinCos(torch.autograd.Function):
+    """sin z and cos z, each of which is the other's derivative up to sign: autograd alone would compute both again."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> tuple[Tensor, Tensor]:
+        sin, cos = z.sin(), z.cos()
+        ctx.save_for_backward(sin, cos)
+        return sin, cos
+
+    @staticmethod
+    def backward(ctx, d_sin: Tensor, d_cos: Tensor) -> Tensor:
+        sin, cos = ctx.saved_tensors
+        return torch.addcmul(d_sin * cos, d_cos, sin, value=-1)
+
+
 def affine(a: Tensor, weight: Tensor) -> Tensor:
     """W a + b for points a (..., P, in) and an augmented weight (..., out, in + 1) -> (..., P, out)."""
     return a @ weight[..., :-1].mT + weight[..., None, :, -1]
@@ -54,15 +69,15 @@ class Siren(nn.Module):
         """theta, without a leading dimension: it broadcasts over images."""
         return Weights(self.first, self.hidden)
 
-    def layers(self, weights: Weights) -> list[tuple[Tensor, float]]:
-        """The augmented weight (..., width, in + 1) and the frequency of each sine layer, input to output."""
-        return [(weights.first, self.omega)] + [(weight, 1.0) for weight in weights.hidden.unbind(-3)]
+    def layers(self, weights: Weights) -> list[Tensor]:
+        """The augmented weight (..., width, in + 1) of each sine layer, input to output; the first one times omega."""
+        return [self.omega * weights.first, *weights.hidden.unbind(-3)]
 
     def forward(self, coords: Tensor, weights: Weights) -> Tensor:
         """Values (N, P, out_features) at coords (P, in_features), or (N, P, in_features) for points of each image's own."""
         a = coords
-        for weight, omega in self.layers(weights):
-            a = torch.sin(omega * affine(a, weight))       # (N, P, width)
+        for weight in self.layers(weights):
+            a = torch.sin(affine(a, weight))               # (N, P, width)
         return self.scale * self.head(a)
 
     def loss_and_grad(self, coords: Tensor, values: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
@@ -70,21 +85,20 @@ class Siren(nn.Module):
 
         coords (P, in_features) or (N, P, in_features), values (N, P, out_features), weights with or without the leading N.
         Returns loss (N,) and Weights with the leading N. This is back-propagation written out: with u = W a + b of a layer
-        and d = dL/du, dL/dW = d^T a and dL/db = the sum of d, both over pixels; one layer down d <- (d W) * d sin(omega u)/du.
+        and d = dL/du, dL/dW = d^T a and dL/db = the sum of d, both over pixels; one layer down d <- (d W) * cos(u).
         Weights without the leading dimension (all images at the anchor) are pushed forward once for the whole batch.
         """
-        a, inputs, slopes = coords, [], []
-        for weight, omega in self.layers(weights):
-            z = omega * affine(a, weight)                  # (N, P, width)
+        a, layers, inputs, slopes = coords, self.layers(weights), [], []
+        for weight in layers:
             inputs.append(a)
-            slopes.append(omega * torch.cos(z))            # d sin(omega u) / du
-            a = torch.sin(z)
+            a, slope = SinCos.apply(affine(a, weight))     # (N, P, width)
+            slopes.append(slope)
         error = self.scale * self.head(a) - values         # (N, P, out)
         loss = error.square().mean((-2, -1))               # (N,)
         d = (2 / error[0].numel()) * self.scale * error    # dL/d(head's output) (N, P, out)
         above, grads = self.head.weight, []
-        for (weight, _), a, slope in zip(reversed(self.layers(weights)), reversed(inputs), reversed(slopes)):
-            d = (d @ above) * slope                        # dL/d(affine part) (N, P, width)
+        for weight, a, slope in zip(reversed(layers), reversed(inputs), reversed(slopes)):
+            d = (d @ above) * slope                        # dL/du (N, P, width)
             grads.append(torch.cat([d.mT @ a, d.sum(-2).unsqueeze(-1)], dim=-1))  # (N, width, in + 1)
             above = weight[..., :-1]
-        return loss, Weights(grads[-1], torch.stack(grads[-2::-1], dim=-3))
+        return loss, Weights(self.omega * grads[-1], torch.stack(grads[-2::-1], dim=-3))
