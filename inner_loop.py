@@ -25,8 +25,9 @@ def draw_pixels(steps: int, images: int, pixels: int, fraction: float, generator
 
 
 def take_pixels(coords: Tensor, values: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of coords (P, in) and values (N, P, C) that pixels (N, n) number -> (N, n, in), (N, n, C)."""
-    return coords[pixels], values.gather(1, pixels.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+    """Those of coords (P, in) and values (N, P, C) that pixels (steps, N, n) number -> (steps, N, n, in), (steps, N, n, C)."""
+    images = torch.arange(len(values), device=values.device).unsqueeze(-1)                # (N, 1)
+    return coords[pixels], values[images, pixels]
 
 
 class MetaSGD(nn.Module):
@@ -39,31 +40,29 @@ class MetaSGD(nn.Module):
             alpha = torch.empty(1 if shared else steps, *weight.shape, dtype=weight.dtype).uniform_(0.1, 1)
             self.register_parameter(name, nn.Parameter(alpha))
 
-    def forward(self, siren, coords: Tensor, values: Tensor, steps: int | None = None, fraction: float = 1.0,
-                pixels: Tensor | None = None):
+    def forward(self, siren, coords: Tensor, values: Tensor, steps: int | None = None, fraction: float = 1.0):
         """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at coords (P, in).
 
-        pixels (steps, N, n), as from `draw_pixels`, says which pixels each step looks at; without it a fraction below 1
-        draws them here. More steps than k need shared step sizes: ValueError.
+        A fraction below 1 draws pixels for each step. Or each step is given its own: values (steps, N, n, C) at coords
+        (steps, N, n, in), as from `take_pixels`. More steps than k need shared step sizes: ValueError.
         """
         steps = self.steps if steps is None else steps
         if steps > self.steps and not self.shared:
             raise ValueError(f"{steps} steps, but step sizes for {self.steps}: more needs shared=True")
-        if pixels is None and fraction < 1:
-            pixels = draw_pixels(steps, *values.shape[:2], fraction, device=values.device)
+        if values.dim() == 3 and fraction < 1:
+            coords, values = take_pixels(coords, values, draw_pixels(steps, *values.shape[:2], fraction, device=values.device))
         phi = siren.anchor()
         alphas = [getattr(self, name) for name in phi._fields]
         for j in range(steps):
-            seen = (coords, values) if pixels is None else take_pixels(coords, values, pixels[j])
+            seen = (coords, values) if values.dim() == 3 else (coords[j], values[j])
             _, grad = siren.loss_and_grad(*seen, phi)
             phi = phi._make(w - alpha[0 if self.shared else j] * g for w, alpha, g in zip(phi, alphas, grad))
         return phi
 
 
 def textbook_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
-    """What `Siren.loss_and_grad` returns, by autograd through `siren.forward`: the same numbers at two to three times the
-    cost, and no torch.compile. For networks without a closed form, and the oracle of the tests. To use it in a class of
-    your own: `loss_and_grad = textbook_loss_and_grad`."""
+    """What `Siren.loss_and_grad` returns, by autograd through `siren.forward`, which torch.compile cannot differentiate again:
+    the published way, the oracle of the tests and the baseline of the benchmark."""
     second_order = torch.is_grad_enabled()
     with torch.enable_grad():
         batch = [w.expand(len(values), *w.shape) if w.dim() == a.dim() else w for w, a in zip(weights, siren.anchor())]
@@ -71,3 +70,15 @@ def textbook_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
         weights = weights._make(batch)
         loss = (siren(coords, weights) - values).square().mean((-2, -1))
         return loss, weights._make(torch.autograd.grad(loss.sum(), weights, create_graph=second_order))
+
+
+def functional_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
+    """The same by torch.func, for networks without a closed form; torch.compile takes it. To use it in a class of your own:
+    `loss_and_grad = functional_loss_and_grad`."""
+    def total(weights):
+        loss = (siren(coords, weights) - values).square().mean((-2, -1))
+        return loss.sum(), loss
+
+    batch = [w.expand(len(values), *w.shape) if w.dim() == a.dim() else w for w, a in zip(weights, siren.anchor())]
+    grad, loss = torch.func.grad(total, has_aux=True)(weights._make(batch))
+    return loss, grad

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import diagnostics
 import train
-from inner_loop import MetaSGD, draw_pixels, textbook_loss_and_grad
+from inner_loop import MetaSGD, draw_pixels, functional_loss_and_grad, take_pixels, textbook_loss_and_grad
 from reader import Attention, Reader
 from siren import Siren, Weights, coordinate_grid
 
@@ -182,8 +182,9 @@ def test_closed_form_gradient_against_autograd():
                         expected = (siren(x, Weights(*one)) - values[n]).square().mean()
                         assert apart([loss[n]], [expected]) <= 1e-12
                         assert apart([g[n] for g in grad], torch.autograd.grad(expected, one)) <= 1e-9
-                    for a, b in zip(textbook_loss_and_grad(siren, coords, values, weights)[1], grad):
-                        assert apart([a], [b]) <= 1e-9
+                    for other in (textbook_loss_and_grad, functional_loss_and_grad):
+                        its_loss, its_grad = other(siren, coords, values, weights)
+                        assert apart([its_loss, *its_grad], [loss, *grad]) <= 1e-9
 
 
 # ---- inner_loop.py -----------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_inner_loop_by_hand():
             assert len(inner.first) == (1 if shared else 3) and inner.first.min() >= 0.1 and inner.first.max() <= 1
             coords, values = coordinate_grid(4, 4), torch.rand(5, 16, 3)
             for pixels in (None, draw_pixels(3, 5, 16, 0.4)):
-                phi = inner(siren, coords, values, pixels=pixels)
+                phi = inner(siren, *((coords, values) if pixels is None else take_pixels(coords, values, pixels)))
                 for n in range(5):
                     one = [w.detach().clone().requires_grad_() for w in siren.anchor()]
                     for j in range(3):
@@ -343,8 +344,8 @@ def test_outer_gradients_against_the_textbook():
                 images, labels = batch()
                 pixels = None if fraction == 1 else draw_pixels(4, 5, 36, fraction)
                 fast, slow = (tiny_model(textbook, w_task=w_task, fraction=fraction) for textbook in (False, True))
-                fast(images, labels, pixels)[:2].sum().backward()
-                train.textbook_backward(slow, images, labels, pixels)
+                fast(*fast.look(images, pixels), labels)[:2].sum().backward()
+                train.textbook_backward(slow, *slow.look(images, pixels), labels)
                 for name, expected in grads(slow).items():
                     assert all(g.abs().max() > 0 for g in expected), name
                     assert apart(grads(fast)[name], expected) <= 1e-8, (name, w_task, fraction)
@@ -357,7 +358,7 @@ def test_compiled_against_eager():
     eager, model = (tiny_model(depth=1, steps=2, reader_depth=1) for _ in range(2))
     compiled = torch.compile(model, fullgraph=True)
     for m in (eager, compiled):
-        m(images, labels)[:2].sum().backward()
+        m(*model.look(images), labels)[:2].sum().backward()
     for name, expected in grads(eager).items():
         assert apart(grads(model)[name], expected) <= 1e-4, name
     assert list(model.state_dict()) == list(eager.state_dict())
@@ -367,7 +368,7 @@ def test_class_loss_does_not_reach_the_inr_at_w_task_0():
     images, labels = batch()
     for w_task in (0.0, 0.1):
         model = tiny_model(w_task=w_task)
-        model(images, labels)[0].backward()
+        model(*model.look(images), labels)[0].backward()
         touched = [float(g.abs().max()) > 0 for g in grads(model)["siren"][:2] + grads(model)["inner_loop"]]
         assert all(touched) if w_task else not any(touched)
         assert all(float(g.abs().max()) > 0 for g in grads(model)["reader"])
@@ -494,6 +495,11 @@ def test_augmentation_at_high_resolution():
     assert (w / h).min() > 3 / 4 and (w / h).max() < 4 / 3
     angle = torch.atan2(along_x[:, 1], along_x[:, 0])
     assert torch.allclose(angle, (2 * u[:, 0] - 1) * math.pi / 6, atol=1e-4)
+    # Only the drawn pixels: what the whole augmented image has there.
+    images, u = torch.randint(256, (7, 3, size, size), dtype=torch.uint8), torch.rand(7, 6)
+    pixels = draw_pixels(2, 7, size * size, 0.05)
+    _, expected = take_pixels(torch.zeros(size * size, 2), train.augment_high(images, u, True).flatten(2).mT, pixels)
+    assert torch.equal(train.augment_high(images, u, True, pixels), expected)
 
 
 # ---- measures ----------------------------------------------------------------------------------------------------------
@@ -593,7 +599,7 @@ def test_same_core_whatever_the_reader():
 def test_precision_bf16_stays_close():
     images, labels = batch()
     exact, rough = tiny_model(), tiny_model(bf16=True)
-    a, b = (m(images, labels).detach() for m in (exact, rough))
+    a, b = (m(*m.look(images), labels).detach() for m in (exact, rough))
     assert a[1] == b[1] and a[0] != b[0] and abs(float(a[0] - b[0])) < 0.05    # the reader alone is in bf16
     with folder():
         status, _, err = command([*TINY, "--precision", "bf16"])
@@ -627,7 +633,7 @@ def test_outer_steps_by_hand():
         for t in range(3):
             rows = torch.randperm(16, generator=train.generator("order", 0, t))
             model.zero_grad()
-            train.textbook_backward(model, data.signal(data.pixels[rows]), data.labels[rows])
+            train.textbook_backward(model, *model.look(data.signal(data.pixels[rows])), data.labels[rows])
             # OneCycleLR (Smith & Topin 2018) with a warm-up of 0.05 of 3 steps: all three are on the way down.
             way = (t - (0.05 * 3 - 1)) / (2 - (0.05 * 3 - 1))
             fall = (1 + math.cos(math.pi * way)) / 2
@@ -696,7 +702,7 @@ def test_resume_after_kill_bit_for_bit():
         a, b = (train.read_checkpoint(p) for p in ("straight.pt", "killed.pt"))
         assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
         for x, y in zip(a["metrics"]["epochs"], b["metrics"]["epochs"], strict=True):
-            assert all(x[k] == y[k] for k in x if k not in ("seconds", "peak_memory_bytes"))
+            assert all(x[k] == y[k] for k in x if k not in ("seconds", "waiting_for_data", "peak_memory_bytes"))
 
 
 def test_signals_save_and_say_how_to_resume():

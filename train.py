@@ -144,6 +144,8 @@ class Images(torch.utils.data.Dataset):
     def batches(self, order, device, workers: int = 0):
         """Yields (uint8 images, labels) on the device for each tensor of row numbers in `order`. BrokenImage: as it says."""
         if self.pixels is not None:
+            if isinstance(order, Tensor):                  # to the device once, not at every step
+                order = order.to(self.pixels.device)
             for rows in order:
                 rows = rows.to(self.pixels.device)
                 yield self.pixels[rows], self.labels[rows]
@@ -283,9 +285,11 @@ def augment_low(images: Tensor, u: Tensor, flip: bool) -> Tensor:
     return images[image, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
-def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
+def augment_high(images: Tensor, u: Tensor, flip: bool, pixels: Tensor | None = None) -> Tensor:
     """Rotation by up to 30 degrees, the corners filled by reflection, then a crop of area 0.8 to 1 of the image and aspect 3/4 to
-    4/3, and a flip, in one bilinear look-up; by uniform numbers u (N, 6). From 64 pixels a side. An aspect r fits into the image only for area <= r <= 1 / area, so its logarithm is uniform in that range.
+    4/3, and a flip, in one bilinear look-up; by uniform numbers u (N, 6). From 64 pixels a side. An aspect r fits into the image
+    only for area <= r <= 1 / area, so its logarithm is uniform in that range. The images (N, C, size, size), or of the result
+    only those of its pixels that pixels (d, N, n) number: (d, N, n, C).
     """
     angle = (2 * u[:, 0] - 1) * math.radians(30)
     area = 0.8 + 0.2 * u[:, 1]
@@ -297,9 +301,12 @@ def augment_high(images: Tensor, u: Tensor, flip: bool) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     where = torch.stack([torch.stack([cos * half_w, -sin * half_h, cos * centre_x - sin * centre_y], dim=-1),
                          torch.stack([sin * half_w, cos * half_h, sin * centre_x + cos * centre_y], dim=-1)], dim=-2)  # (N, 2, 3)
-    images = images.to(where.dtype)
-    grid = F.affine_grid(where, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    n, channels, size, _ = images.shape
+    drawn = torch.arange(size * size, device=images.device).expand(1, n, -1) if pixels is None else pixels
+    xy = (2 * torch.stack([drawn % size, drawn // size], dim=-1) + 1) / size - 1           # (d, N, n, 2)
+    xy = xy.to(where.dtype) @ where[..., :2].mT + where[:, None, :, 2]
+    found = F.grid_sample(images.to(where.dtype), xy.transpose(0, 1), mode="bilinear", padding_mode="reflection", align_corners=False)   # (N, C, d, n)
+    return found.view_as(images) if pixels is None else found.permute(2, 0, 3, 1)
 
 
 # ---- Model ---------------------------------------------------------------------------------------------------------------
@@ -325,9 +332,14 @@ class MWT(nn.Module):
             return None
         return draw_pixels(draws, images, len(self.coords), self.fraction, generator, generator.device)
 
+    def look(self, images: Tensor, pixels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Coordinates (P, 2) and values (N, P, C), or (d, N, n, 2) and (d, N, n, C) of those that pixels (d, N, n) number."""
+        values = images.flatten(2).mT
+        return (self.coords, values) if pixels is None else take_pixels(self.coords, values, pixels)
+
     def adapt(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None) -> Weights:
         """phi, the weights of each image's INR."""
-        return self.inner_loop(self.siren, self.coords, images.flatten(2).mT, steps, self.fraction, pixels)
+        return self.inner_loop(self.siren, *self.look(images, pixels), steps, self.fraction)
 
     def tokens(self, weights: Weights) -> Tensor:
         """phi - theta, hidden neuron by hidden neuron: (N, depth * width, width + 1); tokens[..., -1] is the bias column."""
@@ -342,23 +354,21 @@ class MWT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
             return self.reader(tokens, flow)
 
-    def reconstruct(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None,
-                    clamp: bool = False) -> tuple[Weights, Tensor]:
-        """phi and each image's mean squared error (N,) there. pixels (k + 1, N, n): what each inner step and the error look at."""
-        coords, values = self.coords, images.flatten(2).mT                     # (P, 2), (N, P, C)
-        weights = self.adapt(images, steps, None if pixels is None else pixels[:-1])
-        if pixels is not None:
-            coords, values = take_pixels(coords, values, pixels[-1])
+    def reconstruct(self, coords: Tensor, values: Tensor, steps: int | None = None, clamp: bool = False) -> tuple[Weights, Tensor]:
+        """phi and each image's mean squared error (N,) there, of what `look` returned; of k + 1 draws the error's is the last."""
+        weights = self.inner_loop(self.siren, coords, values, steps)
+        if values.dim() == 4:
+            coords, values = coords[-1], values[-1]
         prediction = self.siren(coords, weights)
         return weights, ((prediction.clamp(-1, 1) if clamp else prediction) - values).square().mean((-2, -1))
 
-    def forward(self, images: Tensor, labels: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Means over a batch (4,): class loss and reconstruction, the two outer losses, and accuracy and PSNR (dB).
+    def forward(self, coords: Tensor, values: Tensor, labels: Tensor) -> Tensor:
+        """Means over a batch as `look` returned it (4,): class loss and reconstruction, the two outer losses, accuracy and PSNR (dB).
 
         The class loss reaches the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that one
         backward pass serves both losses.
         """
-        weights, error = self.reconstruct(images, pixels=pixels)
+        weights, error = self.reconstruct(coords, values)
         tokens = self.tokens(weights)
         value = tokens.detach()
         logits = self.read(value + self.w_task * (tokens - value) if self.w_task else value).to(tokens.dtype)
@@ -485,7 +495,7 @@ def evaluate(model: MWT, data: Images, steps: int | None = None, workers: int = 
         if len(images):
             pixels = model.draw(k + 1, len(order[b]), generator("evaluation", b, device=device))
             pixels = None if pixels is None else pixels[:, RANK::WORLD]
-            weights, error = model.reconstruct(data.signal(images), steps, pixels, clamp=True)
+            weights, error = model.reconstruct(*model.look(data.signal(images), pixels), steps, clamp=True)
             decibels[mine[b]] = psnr(error).to(decibels.dtype)
             correct[mine[b]] = (model.read(model.tokens(weights)).argmax(-1) == labels).to(correct.dtype)
     if WORLD > 1:
@@ -522,17 +532,57 @@ def backward(forward, groups: list[dict], *batch) -> Tensor:
     return stats
 
 
-def textbook_backward(model: MWT, images: Tensor, labels: Tensor, pixels: Tensor | None = None):
+def update(groups: list[dict], optimizer) -> Tensor:
+    """Clips each group's gradient to norm 1 and steps; returns the sum of the norms. Nothing here waits for the device."""
+    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in groups]
+    optimizer.step()
+    optimizer.zero_grad()
+    return sum(norms)
+
+
+def make_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+
+
+def compiled(model: MWT, *batch):
+    """torch.compile of the step, tried on one batch; where this machine cannot compile, the model as it is, and a line that says so."""
+    fast = torch.compile(model)
+    try:
+        fast(*batch)[:2].sum().backward()
+        return fast
+    except Exception as error:     # a missing compiler, driver or package: each has a type of its own
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"torch.compile does not work here, so the step runs without it: {reason[:160]}", file=sys.stderr, flush=True)
+        return model
+    finally:
+        model.zero_grad()
+
+
+def textbook_backward(model: MWT, coords: Tensor, values: Tensor, labels: Tensor):
     """The published way to the same gradients: two backward passes, the class loss's gradient of the INR scaled in between.
 
     With a model whose siren has `loss_and_grad = textbook_loss_and_grad` nothing of the fast path is left in it.
     """
-    weights, error = model.reconstruct(images, pixels=pixels)
+    weights, error = model.reconstruct(coords, values)
     F.cross_entropy(model.read(model.tokens(weights)), labels).backward(retain_graph=True)
     for p in [*model.siren.parameters(), *model.inner_loop.parameters()]:
         if p.grad is not None:
             p.grad *= model.w_task
     error.mean().backward()
+
+
+def sampled(args, model: MWT, images: Tensor, step: int, global_batch: int, mine: slice) -> tuple[Tensor, Tensor]:
+    """What this step looks at of the images (N, C, size, size), augmented and drawn: as `MWT.look`. A draw is made for the global
+    batch, of which these images are the rows `mine`."""
+    device, flip = images.device, args.dataset not in ("digits", "mnist")
+    pixels = model.draw(args.steps + 1, global_batch, generator("pixels", args.seed, step, device=device))
+    pixels = None if pixels is None else pixels[:, mine]
+    if args.augment:
+        u = torch.rand(global_batch, 6, generator=generator("augmentation", args.seed, step))[mine].to(device)
+        if args.size >= 64 and pixels is not None:         # looks up no pixel but the drawn ones
+            return model.coords[pixels], augment_high(images, u, flip, pixels)
+        images = (augment_low if args.size < 64 else augment_high)(images, u, flip)
+    return model.look(images, pixels)
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -551,11 +601,11 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     steps_per_epoch = len(data) // global_batch                                # the incomplete last batch is dropped
     total = args.epochs * steps_per_epoch
     groups = parameter_groups(model, args)
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"))
+    optimizer = make_optimizer(groups, args)
     # OneCycleLR divides by zero where the warm-up is exactly one step long.
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], total_steps=total,
                                                     pct_start=0.05 if total != 20 else 0.051)
-    forward = torch.compile(model) if args.compile or args.compile is None and device.type == "cuda" else model
+    forward = None if args.compile or args.compile is None and device.type == "cuda" else model      # None: compile at the first batch
     hosts = dist.new_group(backend="gloo") if WORLD > 1 else None
 
     metrics, start, first_step = {"epochs": [], "seconds": 0.0}, 0, 0
@@ -608,26 +658,23 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             batches = data.batches(order, device, args.workers)
             with tqdm(desc=f"epoch {epoch + 1}/{args.epochs}", total=steps_per_epoch * global_batch, unit=" images",
                       initial=first_step * global_batch, leave=False, disable=None if RANK == 0 else True) as bar:
-                read_at = 0.0
+                read_at = waited = 0.0
                 for step in range(first_step, steps_per_epoch):
-                    error = None
+                    error, asked_at = None, time.monotonic()
                     try:
                         images, labels = next(batches)
                     except BrokenImage as e:
                         error = e
+                    waited += time.monotonic() - asked_at
                     look(epoch, step, error)
                     now = epoch * steps_per_epoch + step
-                    if args.augment:
-                        u = torch.rand(global_batch, 6, generator=generator("augmentation", args.seed, now))
-                        images = (augment_low if args.size < 64 else augment_high)(images, u[mine].to(device), flip=args.dataset not in ("digits", "mnist"))
-                    pixels = model.draw(args.steps + 1, global_batch, generator("pixels", args.seed, now, device=device))
-                    pixels = None if pixels is None else pixels[:, mine]
-                    stats = backward(forward, groups, data.signal(images), labels, pixels)
-                    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in groups]
-                    optimizer.step()
+                    coords, values = sampled(args, model, images, now, global_batch, mine)
+                    batch = coords, data.signal(values), labels
+                    forward = forward or compiled(model, *batch)
+                    stats = backward(forward, groups, *batch)
+                    norms = update(groups, optimizer)
                     scheduler.step()
-                    optimizer.zero_grad()
-                    finite = torch.isfinite(stats[:2].sum() + sum(norms))
+                    finite = torch.isfinite(stats[:2].sum() + norms)
                     bad = torch.where((bad < 0) & ~finite, now, bad)           # stays on the device until somebody looks
                     sums += stats
                     bar.update(global_batch)
@@ -646,7 +693,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             metrics["epochs"].append({
                 "epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "train_accuracy": accuracy,
                 "train_psnr": decibel, "test_accuracy": result["test_accuracy"], "test_psnr": result["test_psnr"],
-                "seconds": time.monotonic() - epoch_began, "peak_memory_bytes": peak_memory(device)})
+                "seconds": time.monotonic() - epoch_began, "waiting_for_data": waited, "peak_memory_bytes": peak_memory(device)})
             sums.zero_()
             first_step = 0
             save(epoch + 1, 0, finished=epoch + 1 == args.epochs)
@@ -655,7 +702,8 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                 memory = last["peak_memory_bytes"]
                 print(f"epoch {epoch + 1:3d}/{args.epochs}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
                       f"{name} accuracy {100 * result['test_accuracy']:.2f}%  {name} PSNR {result['test_psnr']:.2f} dB  "
-                      f"{last['seconds']:.1f} s" + (f"  peak {memory / 2**30:.2f} GiB" if memory else ""), flush=True)
+                      f"{last['seconds']:.1f} s" + (f", {100 * waited / last['seconds']:.0f}% of it waiting for data" if data.pixels is None else "")
+                      + (f"  peak {memory / 2**30:.2f} GiB" if memory else ""), flush=True)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
