@@ -15,7 +15,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import sys
 import textwrap
@@ -208,7 +207,7 @@ def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, tolerance:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of each feature, float64; 0 in place of the latter where it is constant."""
-    mean, deviation = x.double().mean(0), x.double().std(0, correction=0)
+    mean, deviation = (torch.cat(z) for z in zip(*((c.mean(0), c.std(0, correction=0)) for c in map(Tensor.double, x.split(2048, dim=1)))))
     return mean, torch.where(deviation > 1e-7 * mean.abs(), 1 / deviation, 0.0)
 
 
@@ -1586,8 +1585,7 @@ def run(argv: list[str] | None):
     if out.exists() and not out.is_dir() or not out.parent.is_dir():
         raise train.InputError(f"--out {out}: not a folder that can be made")
     out.mkdir(exist_ok=True)
-    about = {"command": shlex.join(["python", "diagnostics.py", *(sys.argv[1:] if argv is None else argv)]), "flags": vars(flags), "device": str(device), "threads": torch.get_num_threads(),
-             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    about = train.environment(device) | {"command": shlex.join(["python", "diagnostics.py", *(sys.argv[1:] if argv is None else argv)]), "flags": vars(flags)}
     models = []
     for number, path in enumerate(flags.ckpt):
         name = Path(path).stem

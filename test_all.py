@@ -6,6 +6,7 @@
 """
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from pathlib import Path
 from unittest import SkipTest
 
@@ -351,17 +353,136 @@ def test_outer_gradients_against_the_textbook():
                     assert apart(grads(fast)[name], expected) <= 1e-8, (name, w_task, fraction)
 
 
-def test_compiled_against_eager():
+def compiler():
     if not (shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")):
         raise SkipTest("torch.compile needs a C++ compiler")
+
+
+def test_faster_ways_against_the_textbook():
+    """At initialisation, per group: compiled in float32, by torch.func, and the reader in bfloat16."""
     images, labels = batch()
-    eager, model = (tiny_model(depth=1, steps=2, reader_depth=1) for _ in range(2))
-    compiled = torch.compile(model, fullgraph=True)
-    for m in (eager, compiled):
-        m(*model.look(images), labels)[:2].sum().backward()
-    for name, expected in grads(eager).items():
-        assert apart(grads(model)[name], expected) <= 1e-4, name
-    assert list(model.state_dict()) == list(eager.state_dict())
+    slow = tiny_model(textbook=True)
+    train.textbook_backward(slow, *slow.look(images), labels)
+    functional = tiny_model()
+    functional.siren.loss_and_grad = types.MethodType(functional_loss_and_grad, functional.siren)
+    ways = [(functional, functional, 1e-4), (rough := tiny_model(bf16=True), rough, 3e-2)]
+    if shutil.which("g++") or shutil.which("clang++"):
+        model = tiny_model()
+        ways.append((model, torch.compile(model, fullgraph=True), 1e-4))
+    for model, forward, limit in ways:
+        forward(*model.look(images), labels)[:2].sum().backward()
+        for name, expected in grads(slow).items():
+            assert apart(grads(model)[name], expected) <= limit, (name, limit)
+        assert list(model.state_dict()) == list(slow.state_dict())
+
+
+def test_checkpoints_go_from_compiled_to_eager_to_two_processes():
+    compiler()
+    flags, calls = [*TINY, "--epochs", "3"], itertools.count(1)
+    plain = train.agree
+    with folder(), replaced(train, "agree", lambda code, group=None: 3 if next(calls) in (15, 30) else plain(code, group)):      # as Ctrl-C would
+        assert command([*flags, "--compile", "--out", "way.pt"])[0] == 130
+        assert "progress" in train.read_checkpoint("way.pt")
+        assert command(["--resume", "--no-compile", "--out", "way.pt"])[0] == 130
+        two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train.py", "--resume", "--out", "way.pt"],
+                             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert two.returncode == 0, two.stderr
+        assert command([*flags, "--out", "straight.pt"])[0] == 0
+        a, b = (train.read_checkpoint(p) for p in ("straight.pt", "way.pt"))
+        assert "progress" not in b and list(a["model"]) == list(b["model"])
+        assert 0 < apart(b["model"].values(), a["model"].values()) < 1e-3
+
+
+def test_without_a_compiler_the_run_goes_on():
+    with folder() as here:
+        flags = [sys.executable, HERE / "train.py", *TINY, "--epochs", "1"]
+        done = subprocess.run([*flags, "--compile", "--out", "broken.pt"], capture_output=True, text=True,
+                              env=os.environ | {"CXX": "/no/such/compiler", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")})
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if "torch.compile does not work here" in line]
+        assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
+        done = subprocess.run([*flags, "--out", "eager.pt"], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        a, b = (train.read_checkpoint(p)["model"] for p in ("eager.pt", "broken.pt"))
+        assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---- benchmark ---------------------------------------------------------------------------------------------------------
+
+def test_counted_flops_against_torch():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    for more in ({}, {"fraction": 0.5}, {"depth": 1, "steps": 1, "mlp_ratio": 2, "width": 12}):
+        model = tiny_model(**more)
+        images, labels = batch()
+        seen = model.look(images, model.draw(model.inner_loop.steps + 1, 5, torch.Generator()))
+        for backward in (True, False):
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
+                loss = model(*seen, labels)[:2].sum()
+                if backward:
+                    loss.backward()
+            assert counter.get_total_flops() == sum(train.count_flops(model, 5, backward).values()), (more, backward)
+
+
+def test_training_hours_by_hand():
+    assert train.training_hours(3600, 10, 2.0, 1.0, devices=4, workers=2) == 5.0               # the steps take longer
+    assert train.training_hours(3600, 10, 0.1, 1.0, devices=4, workers=2) == 1.25              # the decoding does
+
+
+def test_bench_command():
+    small = ["--dataset", "digits", "--width", "8", "--head-dim", "4", "--depth", "1", "--reader-depth", "1", "--steps", "2", "--batch-size", "4", "--no-compile"]
+    with folder():
+        status, out, err = command(["--bench", *small])
+        assert status == 0 and "ratio B/A" in out and max(map(len, out.splitlines()[2:])) <= 100, (out, err)
+        report = json.loads(Path("bench.json").read_text())
+        assert set(report["paths"]) == {"A", "B", "C"} and all(len(turns) == 2 for turns in report["paths"].values())
+        runs = [r for turns in report["paths"].values() for r in turns]
+        assert all(3 <= len(r["ms"]) <= 20 and min(r["ms"]) > 0 and r["peak_memory_bytes"] > 2 ** 20 and not r["compiled"] for r in runs)
+        mean = [np.median(report["paths"]["B"][t]["ms"]) / np.median(report["paths"]["A"][t]["ms"]) for t in (0, 1)]
+        assert np.allclose(report["ratios"]["B/A"], [np.mean(mean), min(mean), max(mean)])
+        first = report["paths"]["A"][0]
+        assert set(first["phases_ms"]) == {"inner loop", "reader", "backward", "optimizer"} and first["evaluation_images_per_second"] > 0
+        with replaced(train, "variations", lambda args: [("k", k, vars(args) | {"steps": k}) for k in (1, 2)]):
+            assert command(["--bench", "cost", *small, "--out", "cost.json"])[0] == 0
+        rows = json.loads(Path("cost.json").read_text())["cost"]
+        assert [r["value"] for r in rows] == [1, 2] and rows[0]["flops"] < rows[1]["flops"] and Path("cost.png").stat().st_size > 5000
+        assert command(["--bench", "imagenet", *small, "--fraction", "0.001", "--size", "64", "--out", "i.json"])[0] == 0
+        assert [r["devices"] for r in json.loads(Path("i.json").read_text())["imagenet"]] == [1, 8, 64]
+
+
+def test_folder_of_many_files():
+    """100,000 images: listed once, nothing but their paths in memory."""
+    code = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import torchvision.datasets, train
+args = train.settings({"dataset": "many", "size": 8, "test_size": 8})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train.RESIDENT_BYTES, before, began = 0, peak(), time.monotonic()
+data, test = train.load_dataset(args)
+print(len(data), data.pixels is None, time.monotonic() - began, (peak() - before) / 1024)
+"""
+    with folder() as here:
+        image_folder(here / "many", train_images=1, test_images=4, size=8, classes=[f"{c:03d}" for c in range(100)])
+        for c in range(100):
+            source = here / "many" / "train" / f"{c:03d}" / "000.png"
+            for i in range(1, 1000):
+                os.link(source, source.with_name(f"{i:03d}.png"))
+        done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True)
+        count, streamed, seconds, mebibytes = done.stdout.split()
+        print(f"100,000 files: {float(seconds):.1f} s to list, {float(mebibytes):.0f} MiB", end=" ")
+        assert count == "100000" and streamed == "True" and float(seconds) < 60 and float(mebibytes) < 100, done.stderr
+
+
+def test_waiting_for_data_is_reported():
+    with folder() as here:
+        image_folder(here / "set", train_images=8, size=40)
+        status, out, err = command([*TINY[:-8], "--epochs", "1", "--dataset", "set", "--size", "320", "--fraction", "0.01", "--augment", "--workers", "2",
+                                    "--train-size", "24", "--test-size", "6", "--batch-size", "8", "--out", "wait.pt"])
+        assert status == 0, err
+        epoch, = json.loads(Path("wait.json").read_text())["epochs"]
+        assert 0 < epoch["waiting_for_data"] < epoch["seconds"]
+        with replaced(train, "RESIDENT_BYTES", 0):
+            assert "waiting for data" in command([*TINY[:-8], "--epochs", "1", "--dataset", "set", "--size", "64", "--train-size", "24", "--test-size", "6", "--workers", "0"])[1]
 
 
 def test_class_loss_does_not_reach_the_inr_at_w_task_0():

@@ -11,16 +11,21 @@ weights of their INRs (Gielisse & van Gemert, "End-to-End Implicit Neural Repres
 Sections, top to bottom: settings, data, augmentation, model, checkpoints, evaluation, outer loop, report, command line.
 """
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shlex
 import signal
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +41,7 @@ try:
 except ImportError:                # Windows
     resource = None
 
-from inner_loop import MetaSGD, draw_pixels, take_pixels
+from inner_loop import MetaSGD, draw_pixels, functional_loss_and_grad, take_pixels, textbook_loss_and_grad
 from reader import Reader
 from siren import Siren, Weights, coordinate_grid
 
@@ -50,13 +55,13 @@ RECIPE = dict(
     w_task=0.01, epochs=10, batch_size=16, lr=1e-4, lr_alpha=1e-2, weight_decay=1e-4, seed=0,
     init_from=None, freeze_siren=False,
     out="out.pt", resume=False, save_minutes=5.0, workers=min(8, os.cpu_count() or 1), device="auto", precision="float32",
-    compile=None, eval_only=False, ckpt=None)
+    compile=None, eval_only=False, ckpt=None, bench=None)
 DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
 HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # at 64 pixels a side and more
 SIZE = dict(digits=8, cifar10=32, mnist=28, fashion_mnist=28)              # pixels a side; a folder: 32
 
 # These may change when a run is resumed; every other flag changes the result.
-FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "compile", "eval_only", "ckpt"}
+FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "compile", "eval_only", "ckpt", "bench"}
 CORE = ("width", "depth", "omega", "steps", "shared_lr")                   # what --init-from takes over
 
 RESIDENT_BYTES = 2 << 30       # images (train + test, uint8) up to this size live on the device; more are decoded as needed
@@ -670,7 +675,8 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                     now = epoch * steps_per_epoch + step
                     coords, values = sampled(args, model, images, now, global_batch, mine)
                     batch = coords, data.signal(values), labels
-                    forward = forward or compiled(model, *batch)
+                    if forward is None:
+                        forward = compiled(model, *batch)
                     stats = backward(forward, groups, *batch)
                     norms = update(groups, optimizer)
                     scheduler.step()
@@ -764,17 +770,216 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
     figure.savefig(path)
 
 
+def environment(device: torch.device) -> dict:
+    """What a measurement depends on beside the code."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device}: {hardware}", "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
 def write_reports(args, model: MWT, test: Images, metrics: dict, command: str):
     """args.out with .json and .png in place of .pt."""
     if RANK == 0:
-        device = model.coords.device
-        hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        report = {"command": command, "flags": vars(args), "device": f"{device}: {hardware}",
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-                  "threads": torch.get_num_threads(), "processes": WORLD,
+        report = {"command": command, "flags": vars(args), **environment(model.coords.device), "processes": WORLD,
                   "evaluated_on": "validation share of the training set" if args.val else "test set", **metrics}
         Path(args.out).with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         draw_figure(Path(args.out).with_suffix(".png"), args, model, test, metrics)
+
+
+# ---- Benchmark -----------------------------------------------------------------------------------------------------------
+
+PATHS = {"A": "fast: closed form, one backward pass", "B": "textbook: autograd through autograd, two backward passes, eager",
+         "C": "torch.func.grad in place of the closed form"}
+
+
+def count_flops(model: MWT, batch: int, backward: bool = True) -> dict[str, float]:
+    """FLOPs (a multiply-add is two) of the matrix products of one step on `batch` images: {"inner loop", "reader"}.
+
+    With n pixels an image and draw, w neurons, D layers, C channels, one inner step takes 2n (3 D w^2 + 2 C w + 4 w): forward,
+    the gradient of the layers' inputs, and that of their weights. The first step's forward part runs once for the batch where
+    all images see the same pixels. A product takes two more in the backward pass, or one where an input is data.
+    """
+    depth, width, _ = model.siren.hidden.shape
+    n, channels, steps, reader = int(model.fraction * len(model.coords) + 1e-9), model.siren.head.out_features, model.inner_loop.steps, model.reader
+    both, one = (3, 2) if backward else (1, 1)             # products of two results; of a result and data
+    forward = 2 * n * (one * 2 * width + both * (depth * width ** 2 + channels * width))
+    gradient = 2 * n * (one * 2 * width + both * (2 * depth * width ** 2 + channels * width))
+    first = forward if model.fraction == 1 else batch * forward
+    tokens = depth * width
+    matrices = sum(p.numel() for p in [reader.embed.weight, *reader.blocks.parameters()] if p.dim() == 2)
+    read = 2 * tokens * matrices + len(reader.blocks) // 2 * 4 * tokens ** 2 * width + 2 * width * reader.head.out_features
+    return {"inner loop": first + batch * gradient + (steps - 1) * batch * (forward + gradient) + batch * forward, "reader": batch * both * read}
+
+
+def timed(step, count: int, device: torch.device) -> list[float]:
+    """Milliseconds of each of `count` calls; by device events on CUDA, so that the host may run ahead as it does in training."""
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(count):
+            step()
+            marks.append(time.perf_counter())
+        return [1000 * (b - a) for a, b in zip(marks, marks[1:])]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+
+def measure_path(args, path: str, seconds: float = 20.0, more: bool = False) -> dict:
+    """Times one path of PATHS on random images, in about that many seconds and at most 20 steps after the warm-up; with `more`
+    also the matrix peak, the phases of an eager step and evaluation. To be called in a process of its own: its peak memory is."""
+    device = find_device(args.device)
+    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+    channels, classes = 1 if args.dataset in ("digits", "mnist", "fashion_mnist") else 3, 1000 if args.bench == "imagenet" else 10
+    model = build_model(args, channels, classes).to(device)
+    if path != "A":
+        model.siren.loss_and_grad = types.MethodType(textbook_loss_and_grad if path == "B" else functional_loss_and_grad, model.siren)
+    groups = parameter_groups(model, args)
+    optimizer = make_optimizer(groups, args)
+    g, n = generator("bench", device=device), args.batch_size
+    images = torch.randint(256, (n, channels, args.size, args.size), dtype=torch.uint8, generator=g, device=device)
+    labels = torch.randint(classes, (n,), generator=g, device=device)
+    random = Images([], labels, images)                    # for its grey levels
+    forward, steps = None, itertools.count()
+
+    def step():
+        nonlocal forward
+        coords, values = sampled(args, model, images, next(steps), n, slice(None))
+        batch = coords, random.signal(values), labels
+        if path == "B":
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                textbook_backward(model, *batch)
+        else:
+            if forward is None:
+                forward = compiled(model, *batch) if args.compile is not False else model
+            backward(forward, groups, *batch)
+        update(groups, optimizer)
+
+    warm_up = sum(timed(step, 1, device)) / 1000
+    one = timed(step, 1, device)[0]
+    times = timed(step, max(3, min(20, round(1000 * seconds / one))), device)
+    result = {"ms": times, "images": n, "warm_up_seconds": warm_up, "peak_memory_bytes": peak_memory(device), "compiled": forward not in (None, model),
+              "flops": sum(count_flops(model, n).values())}
+    if more:
+        coords, values = model.look(random.signal(images), None if args.fraction == 1 else model.draw(args.steps + 1, n, g))
+        tokens = model.tokens(model.reconstruct(coords, values)[0]).detach().requires_grad_()
+        few = max(3, len(times) // 4)
+        median = lambda f: float(np.median(timed(f, few, device)))
+        inner, read = median(lambda: model.reconstruct(coords, values)), median(lambda: model.read(tokens))
+        whole_ = median(lambda: backward(model, groups, coords, values, labels))
+        many = random.take(torch.arange(max(n, min(512, EVAL_POINTS // coords.shape[-2])), device=device) % n)
+        rate = len(many) / median(lambda: evaluate(model, many)) * 1000
+        size = 4096 if device.type == "cuda" else 2048
+        square = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        median(lambda: square[0] @ square[1])
+        result |= {"phases_ms": {"inner loop": inner, "reader": read, "backward": whole_ - inner - read, "optimizer": median(lambda: update(groups, optimizer))},
+                   "evaluation_images_per_second": rate, "matrix_peak_tflops": 2 * size ** 3 / min(timed(lambda: square[0] @ square[1], 10, device)) / 1e9}
+    return result
+
+
+def in_a_process(function, *args):
+    """function(*args) in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise Stop(1, "a benchmark process was killed: out of memory?") from error
+
+
+def variations(args) -> list[tuple[str, int, dict]]:
+    """What `--bench cost` varies: (what, its value, settings)."""
+    around = {"batch size": ("batch_size", [max(1, args.batch_size * f // 4) for f in (1, 2, 4, 8)]), "pixels a side": ("size", [args.size * f // 4 for f in (2, 3, 4, 6)]),
+              "width": ("width", [args.head_dim * f for f in (1, 2, 3, 4)]), "k": ("steps", [2, 4, 6, 8])}
+    return [(what, value, vars(args) | {key: value}) for what, (key, values) in around.items() for value in values]
+
+
+def decode_seconds(size: int) -> float:
+    """Of one 500x375 JPEG of smooth noise, read and decoded by one process."""
+    from PIL import Image
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "a.jpg")
+        coarse = torch.randint(256, (1, 3, 24, 32), generator=generator("jpeg"), dtype=torch.uint8)
+        Image.fromarray(F.interpolate(coarse.float(), (375, 500), mode="bicubic")[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(path, quality=90)
+        return min(timed(lambda: decode(path, size), 20, torch.device("cpu"))) / 1000
+
+
+def training_hours(images: int, epochs: int, step_seconds: float, decode_seconds: float, devices: int, workers: int) -> float:
+    """Wall time of a run: the larger of what the devices need for the steps and what `workers` processes a device need to decode.
+    step_seconds and decode_seconds are of one image."""
+    return images * epochs * max(step_seconds, decode_seconds / max(1, workers)) / devices / 3600
+
+
+def bench(args):
+    """Measures, prints, and writes args.out (JSON) and for the cost a figure beside it."""
+    device = find_device(args.device)
+    report = environment(device) | {"command": command_line(args), "flags": vars(args)}
+    print(f"{args.size}x{args.size} pixels, {args.fraction:g} of them a step, width {args.width}, depth {args.depth}, k {args.steps}, reader depth {args.reader_depth}, "
+          f"batch {args.batch_size}, {args.precision}\n{report['device']}, {report['threads']} threads, torch {torch.__version__}", flush=True)
+    row = lambda name, r: (f"{name:18s}{np.median(r['ms']):10.1f}{min(r['ms']):10.1f}{max(r['ms']):10.1f}{1000 * r['images'] / np.median(r['ms']):10.1f}"
+                           f"{r['peak_memory_bytes'] / 2 ** 30 if r['peak_memory_bytes'] else math.nan:10.2f}{r['flops'] / np.median(r['ms']) / 1e9:10.3f}")
+    head = f"{'':18s}{'ms a step':>10s}{'least':>10s}{'most':>10s}{'images/s':>10s}{'peak GiB':>10s}{'TFLOP/s':>10s}"
+    with tempfile.TemporaryDirectory() as cache:           # so that compile times are those of a first time
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        if args.bench == "cost":
+            report["cost"] = []
+            print(head)
+            for what, value, changed in variations(args):
+                report["cost"].append({"what": what, "value": value} | in_a_process(measure_path, argparse.Namespace(**changed), "A", 10.0))
+                print(row(f"{what} {value}", report["cost"][-1]), flush=True)
+            cost_figure(Path(args.out).with_suffix(".png"), report)
+        elif args.bench == "imagenet":
+            report["paths"], report["decode_seconds"] = {"A": [in_a_process(measure_path, args, "A", 20.0)]}, decode_seconds(args.size)
+            fast, image = report["paths"]["A"][0], report["decode_seconds"]
+            step = np.median(fast["ms"]) / 1000 / args.batch_size
+            report["imagenet"] = [{"devices": n, "hours": training_hours(1_281_167, args.epochs, step, image, n, args.workers),
+                                   "limit": "decoding" if image / max(1, args.workers) > step else "step"} for n in (1, 8, 64)]
+            print(f"{head}\n{row('fast', fast)}\ndecoding a 500x375 JPEG: {1000 * image:.1f} ms, {args.workers} workers a device\n"
+                  f"ImageNet-1K, {args.epochs} epochs, if {LAUNCH} scaled without loss:")
+            for r in report["imagenet"]:
+                print(f"{r['devices']:4d} devices: {r['hours']:.3g} h ({60 * r['hours'] / args.epochs:.3g} min an epoch; the paper's 306), {r['hours'] * r['devices']:.4g} device-hours; limited by the {r['limit']}")
+        else:
+            report["paths"] = {path: [] for path in PATHS}
+            for turn, path in itertools.product(range(2), PATHS):
+                report["paths"][path].append(in_a_process(measure_path, args, path, 20.0, turn == 0 and path == "A"))
+            turns = {path: [np.median(r["ms"]) for r in both] for path, both in report["paths"].items()}
+            report["ratios"] = {f"{path}/A": [float(f([b / a for b, a in zip(turns[path], turns["A"])])) for f in (np.mean, min, max)] for path in "BC"}
+            print(head + f"{'first s':>9s}")
+            for path, both in report["paths"].items():
+                print(row(path, both[0] | {"ms": sum((r["ms"] for r in both), [])}) + f"{both[0]['warm_up_seconds']:9.1f}")
+            first = report["paths"]["A"][0]
+            share = first["flops"] / np.median(first["ms"]) / 1e9 / first["matrix_peak_tflops"]
+            print("\n".join([*(f"{path}: {text}" + (", compiled" if report["paths"][path][0]["compiled"] else "") for path, text in PATHS.items()),
+                             *(f"ratio {name} {mean:.2f} [{low:.2f}, {high:.2f}] (mean, least and most of two turns)" for name, (mean, low, high) in report["ratios"].items()),
+                             f"A runs at {100 * share:.0f}% of the matrix peak measured here, {first['matrix_peak_tflops']:.3f} TFLOP/s; {first['flops'] / 1e9:.1f} GFLOP a step",
+                             "phases of an eager step: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in first["phases_ms"].items()),
+                             f"evaluation: {first['evaluation_images_per_second']:.1f} images/s"]))
+    Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    print(f"wrote {args.out}")
+
+
+def cost_figure(path: Path, report: dict):
+    """Time and memory of a step against its counted FLOPs, one line for each thing varied."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 2)
+    for (what, rows), style in zip(itertools.groupby(report["cost"], lambda r: r["what"]), ("o-", "s--", "^-.", "d:")):
+        rows = list(rows)
+        x = [r["flops"] / 1e9 for r in rows]
+        axes[0].loglog(x, [np.median(r["ms"]) for r in rows], style, label=f"{what}: {', '.join(str(r['value']) for r in rows)}")
+        axes[1].loglog(x, [(r["peak_memory_bytes"] or math.nan) / 2 ** 30 for r in rows], style, label=what)
+    rate = [np.median(r["ms"]) / r["flops"] for r in report["cost"]]
+    ends = [f([r["flops"] for r in report["cost"]]) for f in (min, max)]
+    axes[0].loglog([f / 1e9 for f in ends], [f * np.median(rate) for f in ends], color="grey", linewidth=1, label=f"{1 / np.median(rate) / 1e9:.3f} TFLOP/s")
+    for axis, title in zip(axes, ("ms a step", "peak memory (GiB)")):
+        axis.set_xlabel("counted GFLOP a step")
+        axis.set_ylabel(title)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    figure.suptitle(f"Cost of a training step; {report['device']}", fontsize=11)
+    figure.savefig(path)
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------------
@@ -863,6 +1068,9 @@ def parser() -> Parser:
     group.add_argument("--no-compile", dest="compile", action="store_false", help="run the step eagerly")
     flag("eval_only", None, "evaluate --ckpt and stop; writes nothing unless --out is given")
     flag("ckpt", str, "checkpoint to evaluate")
+    group.add_argument("--bench", nargs="?", const="paths", choices=["paths", "cost", "imagenet"],
+                       help="measure steps on random data, CIFAR-10's recipe and compiled unless flags say otherwise: three ways to "
+                            "the same gradients, the cost as the work grows, or what ImageNet would take; writes --out, *.json (default bench.json)")
     return p
 
 
@@ -951,6 +1159,12 @@ def check_changes(explicit: dict, content: dict, path: str, free: set[str]):
 
 
 def run(explicit: dict):
+    if explicit.get("bench"):
+        usual = {"dataset": "cifar10", "out": "bench.json"} | (dict(size=320, width=256, fraction=0.01) if explicit["bench"] == "imagenet" else {})
+        args = settings(usual | explicit)
+        if Path(args.out).suffix != ".json" or not Path(args.out).parent.is_dir():
+            raise InputError(f"--out {args.out}: with --bench a file that ends in .json, in a folder that is there")
+        return bench(args)
     content, only = None, bool(explicit.get("eval_only"))
     if "ckpt" in explicit and not only:
         raise InputError("--ckpt needs --eval-only; to start from a checkpoint's SIREN use --init-from, to go on with a run --resume")
