@@ -11,6 +11,7 @@ reconstruction loss over all its pixels, or over a share s of them drawn anew at
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def draw_pixels(steps: int, images: int, pixels: int, fraction: float, generator: torch.Generator | None = None,
@@ -36,6 +37,7 @@ class MetaSGD(nn.Module):
     def __init__(self, siren, steps: int = 6, shared: bool = False):
         super().__init__()
         self.steps, self.shared = steps, shared
+        self.recompute = False     # True: the backward pass computes each step again, and keeps only its phi in between
         for name, weight in siren.anchor()._asdict().items():
             alpha = torch.empty(1 if shared else steps, *weight.shape, dtype=weight.dtype).uniform_(0.1, 1)
             self.register_parameter(name, nn.Parameter(alpha))
@@ -51,12 +53,16 @@ class MetaSGD(nn.Module):
             raise ValueError(f"{steps} steps, but step sizes for {self.steps}: more needs shared=True")
         if values.dim() == 3 and fraction < 1:
             coords, values = take_pixels(coords, values, draw_pixels(steps, *values.shape[:2], fraction, device=values.device))
+        def step(j, phi):
+            seen = (coords, values) if values.dim() == 3 else (coords[j], values[j])
+            _, grad = siren.loss_and_grad(*seen, phi)
+            return phi._make(w - alpha[0 if self.shared else j] * g for w, alpha, g in zip(phi, alphas, grad))
+
         phi = siren.anchor()
         alphas = [getattr(self, name) for name in phi._fields]
         for j in range(steps):
-            seen = (coords, values) if values.dim() == 3 else (coords[j], values[j])
-            _, grad = siren.loss_and_grad(*seen, phi)
-            phi = phi._make(w - alpha[0 if self.shared else j] * g for w, alpha, g in zip(phi, alphas, grad))
+            again = self.recompute and torch.is_grad_enabled()
+            phi = checkpoint(step, j, phi, use_reentrant=False, preserve_rng_state=False) if again else step(j, phi)
         return phi
 
 

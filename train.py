@@ -55,13 +55,13 @@ RECIPE = dict(
     w_task=0.01, epochs=10, batch_size=16, lr=1e-4, lr_alpha=1e-2, weight_decay=1e-4, seed=0,
     init_from=None, freeze_siren=False,
     out="out.pt", resume=False, save_minutes=5.0, workers=min(8, os.cpu_count() or 1), device="auto", precision="float32",
-    compile=None, eval_only=False, ckpt=None, bench=None)
+    recompute=False, compile=None, eval_only=False, ckpt=None, bench=None)
 DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
 HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # at 64 pixels a side and more
 SIZE = dict(digits=8, cifar10=32, mnist=28, fashion_mnist=28)              # pixels a side; a folder: 32
 
 # These may change when a run is resumed; every other flag changes the result.
-FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "compile", "eval_only", "ckpt", "bench"}
+FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "recompute", "compile", "eval_only", "ckpt", "bench"}
 CORE = ("width", "depth", "omega", "steps", "shared_lr")                   # what --init-from takes over
 
 RESIDENT_BYTES = 2 << 30       # images (train + test, uint8) up to this size live on the device; more are decoded as needed
@@ -605,6 +605,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     mine = slice(RANK * args.batch_size, (RANK + 1) * args.batch_size)         # this process's rows of the global batch
     steps_per_epoch = len(data) // global_batch                                # the incomplete last batch is dropped
     total = args.epochs * steps_per_epoch
+    model.inner_loop.recompute = args.recompute
     groups = parameter_groups(model, args)
     optimizer = make_optimizer(groups, args)
     # OneCycleLR divides by zero where the warm-up is exactly one step long.
@@ -837,6 +838,7 @@ def measure_path(args, path: str, seconds: float = 20.0, more: bool = False) -> 
     model = build_model(args, channels, classes).to(device)
     if path != "A":
         model.siren.loss_and_grad = types.MethodType(textbook_loss_and_grad if path == "B" else functional_loss_and_grad, model.siren)
+    model.inner_loop.recompute = args.recompute and path != "B"
     groups = parameter_groups(model, args)
     optimizer = make_optimizer(groups, args)
     g, n = generator("bench", device=device), args.batch_size
@@ -1064,6 +1066,7 @@ def parser() -> Parser:
     flag("save_minutes", number(0), "minutes between checkpoints, beside one an epoch; 0: after every step")
     flag("device", str, "auto (CUDA if there is one), or a torch device")
     flag("precision", str, "float32, tf32, or bf16: the reader in bfloat16, all else in TF32", choices=["float32", "tf32", "bf16"])
+    flag("recompute", None, "the backward pass computes the inner steps again: less memory, more time, the same gradients")
     flag("compile", None, "torch.compile the step (default: on CUDA)")
     group.add_argument("--no-compile", dest="compile", action="store_false", help="run the step eagerly")
     flag("eval_only", None, "evaluate --ckpt and stop; writes nothing unless --out is given")
@@ -1089,7 +1092,7 @@ def recipe(dataset: str = RECIPE["dataset"], size: int | None = None) -> dict:
 def command_line(args) -> str:
     """The shortest command that makes this run, whatever flags it was started or gone on with."""
     usual = recipe(args.dataset, args.size) | {"dataset": RECIPE["dataset"], "size": SIZE.get(args.dataset, 32)}
-    run_only = {"resume", "eval_only", "ckpt", "compile", "workers"}
+    run_only = {"resume", "eval_only", "ckpt", "compile", "recompute", "workers"}
     return shlex.join([*LAUNCH.split(), "train.py", *as_flags({k: v for k, v in vars(args).items() if v != usual[k] and k not in run_only})])
 
 
