@@ -576,14 +576,20 @@ def textbook_backward(model: MWT, coords: Tensor, values: Tensor, labels: Tensor
     error.mean().backward()
 
 
-def sampled(args, model: MWT, images: Tensor, step: int, global_batch: int, mine: slice) -> tuple[Tensor, Tensor]:
-    """What this step looks at of the images (N, C, size, size), augmented and drawn: as `MWT.look`. A draw is made for the global
-    batch, of which these images are the rows `mine`."""
-    device, flip = images.device, args.dataset not in ("digits", "mnist")
-    pixels = model.draw(args.steps + 1, global_batch, generator("pixels", args.seed, step, device=device))
-    pixels = None if pixels is None else pixels[:, mine]
+DRAWN_TOGETHER = 8             # images: rows of the global batch whose pixels come from one generator
+
+
+def sampled(args, model: MWT, images: Tensor, step: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """What this step looks at of the images (N, C, size, size), augmented and drawn: as `MWT.look`. `first`: the row of the global
+    batch that the first image is; what is drawn for a row does not depend on how the batch is split over processes."""
+    device, flip, last = images.device, args.dataset not in ("digits", "mnist"), first + len(images)
+    pixels = None
+    if args.fraction < 1:
+        blocks = range(first // DRAWN_TOGETHER, math.ceil(last / DRAWN_TOGETHER))
+        pixels = torch.cat([model.draw(args.steps + 1, DRAWN_TOGETHER, generator("pixels", args.seed, step, b, device=device)) for b in blocks], dim=1)
+        pixels = pixels[:, first - blocks[0] * DRAWN_TOGETHER:][:, :len(images)]
     if args.augment:
-        u = torch.rand(global_batch, 6, generator=generator("augmentation", args.seed, step))[mine].to(device)
+        u = torch.rand(last, 6, generator=generator("augmentation", args.seed, step))[first:].to(device)
         if args.size >= 64 and pixels is not None:         # looks up no pixel but the drawn ones
             return model.coords[pixels], augment_high(images, u, flip, pixels)
         images = (augment_low if args.size < 64 else augment_high)(images, u, flip)
@@ -602,7 +608,6 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     Stop: interrupted (after saving), a broken image (after saving), or a loss that is not finite (without)."""
     device = model.coords.device
     global_batch = args.batch_size * WORLD
-    mine = slice(RANK * args.batch_size, (RANK + 1) * args.batch_size)         # this process's rows of the global batch
     steps_per_epoch = len(data) // global_batch                                # the incomplete last batch is dropped
     total = args.epochs * steps_per_epoch
     model.inner_loop.recompute = args.recompute
@@ -674,7 +679,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                     waited += time.monotonic() - asked_at
                     look(epoch, step, error)
                     now = epoch * steps_per_epoch + step
-                    coords, values = sampled(args, model, images, now, global_batch, mine)
+                    coords, values = sampled(args, model, images, now, RANK * args.batch_size)
                     batch = coords, data.signal(values), labels
                     if forward is None:
                         forward = compiled(model, *batch)
@@ -849,7 +854,7 @@ def measure_path(args, path: str, seconds: float = 20.0, more: bool = False) -> 
 
     def step():
         nonlocal forward
-        coords, values = sampled(args, model, images, next(steps), n, slice(None))
+        coords, values = sampled(args, model, images, next(steps))
         batch = coords, random.signal(values), labels
         if path == "B":
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
