@@ -49,6 +49,11 @@ def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2):
         raise ValueError(f"{len(labels.unique())} class in the sample, but {classes} are needed")
 
 
+def squared_length(x: Tensor) -> Tensor:
+    """Of each row, (n, d) -> (n,) float64, without a copy of x."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
+
+
 def column_means(x: Tensor) -> Tensor:
     """(n, d) -> (d,) float64, without a float64 copy of x."""
     return sum(rows.sum(0, dtype=torch.float64) for rows in x.split(256)) / len(x)
@@ -66,14 +71,14 @@ class Nearest:
         self.raw, self.k, self.first, self.seen = queries, k, first, 0
         self.mean = column_means(queries).to(queries.dtype)
         self.y = queries - self.mean
-        self.squares = self.y.square().sum(1, keepdim=True)
+        self.squares = squared_length(self.y)[:, None].to(queries.dtype)
         self.distance = torch.full((len(queries), k), math.inf, dtype=torch.float64, device=queries.device)    # squared
         self.index = torch.zeros(len(queries), k, dtype=torch.long, device=queries.device)
 
     def update(self, block: Tensor) -> Tensor:
         """Takes the next rows of the bank; returns squared distances to them (q, b), as rounded by the matrix product."""
         x = block - self.mean
-        squares = x.square().sum(1)
+        squares = squared_length(x).to(x.dtype)
         d = torch.addmm(squares + self.squares, self.y, x.T, alpha=-2)
         slack = 64 * torch.finfo(x.dtype).eps * (squares + self.squares)
         if self.first is not None:
@@ -84,7 +89,7 @@ class Nearest:
             limit = torch.minimum(limit, (d + slack).topk(self.k, largest=False).values[:, -1:].double())
         rows, columns = ((d - slack <= limit) & (d < math.inf)).nonzero(as_tuple=True)
         if len(rows):
-            exact = torch.cat([self.raw[r].sub_(block[c]).square_().sum(1, dtype=torch.float64)
+            exact = torch.cat([squared_length(self.raw[r].sub_(block[c]))
                                for r, c in zip(*(z.split(max(1, BLOCK_BYTES // (128 * x.shape[1]))) for z in (rows, columns)))])
             counts = torch.bincount(rows, minlength=len(d))
             place = self.k + torch.arange(len(rows), device=d.device) - (counts.cumsum(0) - counts)[rows]
@@ -207,7 +212,10 @@ def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, tolerance:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / standard deviation of each feature, float64; 0 in place of the latter where it is constant."""
-    mean, deviation = (torch.cat(z) for z in zip(*((c.mean(0), c.std(0, correction=0)) for c in map(Tensor.double, x.split(2048, dim=1)))))
+    mean, deviation = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
+    for columns in torch.arange(x.shape[1], device=x.device).split(2048):              # no float64 copy of x
+        part = x[:, columns].double()
+        mean[columns], deviation[columns] = part.mean(0), part.std(0, correction=0)
     return mean, torch.where(deviation > 1e-7 * mean.abs(), 1 / deviation, 0.0)
 
 
@@ -253,7 +261,9 @@ def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
     W, b = V[:-1], V[-1]
     if dual:
         A = torch.linalg.solve_triangular(z.T, W, upper=True)
-        W = torch.cat([standard(columns).T @ A for columns in blocks])
+        W = torch.empty(d, classes, dtype=torch.float64, device=bank.device)
+        for columns in blocks:
+            W[columns] = (standard(columns).T @ A).double()
     W = W.double() * scale[:, None]
     return torch.cat([W, (b - mean @ W)[None]])
 
@@ -268,7 +278,7 @@ def linear_probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 
 # ---- Statistics ----------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=2)
 def redrawn(n: int, seed: int, draws: int) -> Tensor:
     """How often each of n rows is drawn (draws, n), n rows with replacement at a time."""
     drawn = torch.randint(n, (draws, n), generator=train.generator("bootstrap", seed))
@@ -380,8 +390,8 @@ class Fits:
         self = cls.__new__(cls)
         nothing = tokens.new_zeros(len(tokens), 0)
         self.labels, self.data, self.bytes = labels, None, 0
-        parts = (x.split(ROWS) for x in (nothing if images is None else images, labels, tokens, nothing if first is None else first))
-        self.kept = {b: Block(b * ROWS, *part) for b, part in enumerate(zip(*parts))}
+        self.all = Block(0, nothing if images is None else images, labels, tokens, nothing if first is None else first)
+        self.kept = {b: Block(b * ROWS, *part) for b, part in enumerate(zip(*(x.split(ROWS) for x in self.all[1:])))}
         return self
 
     def __len__(self) -> int:
@@ -409,15 +419,20 @@ class Fits:
 
     def whole(self) -> Block:
         """All of it as one block."""
-        blocks = list(self.blocks())
-        return Block(0, *(torch.cat(parts) for parts in list(zip(*blocks))[1:]))
+        return self.all if self.data is None else self.take(torch.arange(len(self), device=self.labels.device), at_hand=True).all
 
-    def take(self, rows: Tensor) -> "Fits":
-        """Those images only; kept if they were."""
-        if len(self.kept) * ROWS < len(self):
+    def take(self, rows: Tensor, at_hand: bool = False) -> "Fits":
+        """Those images only; in tensors of their own if all were kept, or if asked for."""
+        if len(self.kept) * ROWS < len(self) and not at_hand:
             return Fits(self.fit, self.data.take(rows.to(self.data.labels.device)), 0, self.device, self.workers)
-        x = self.whole()
-        return Fits.given(x.tokens[rows], x.labels[rows], x.images[rows], x.first[rows])
+        taken = None
+        for block in self.blocks():
+            here = torch.nonzero((rows >= block.start) & (rows < block.start + len(block.labels))).flatten()
+            taken = taken or [x.new_empty(len(rows), *x.shape[1:]) for x in block[1:]]
+            for x, values in zip(taken, block[1:]):
+                x[here] = values[rows[here] - block.start]
+        images, labels, tokens, first = taken
+        return Fits.given(tokens, labels, images, first)
 
 
 def some(labels: Tensor, count: int) -> Tensor:
