@@ -9,6 +9,7 @@ the bias column of the tokens a route of its own (C3), and what does that route 
 measures, statistics, fitted weights, the four experiments, across models, report, figures, command line. The measures take
 any (n, d) tensor; the experiments take `fit` and `read` callables or tensors, not a checkpoint.
 """
+import argparse
 import copy
 import functools
 import itertools
@@ -37,16 +38,35 @@ import train
 BLOCK_BYTES = 128 << 20            # of one block's distances or differences
 
 
-def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2):
-    """ValueError: no (n, d) tensor with a label a row, not finite, fewer than k rows, or fewer classes than needed."""
-    if x.dim() != 2 or labels.shape != x.shape[:1]:
+def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2) -> tuple[Tensor, Tensor]:
+    """x as float32 or float64 and labels as int64. ValueError: no (n, d) tensor with a label a row, no integers from 0, not
+    finite or too large to be squared, fewer than k rows, or fewer classes than needed."""
+    x, labels = x.detach(), labels.detach()
+    if x.dim() != 2 or not x.shape[1] or labels.shape != x.shape[:1]:
         raise ValueError(f"expected x (n, d) and labels (n,), got {tuple(x.shape)} and {tuple(labels.shape)}")
+    if labels.is_floating_point() or len(labels) and int(labels.min()) < 0:
+        raise ValueError("labels must be integers from 0")
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() else x.double()
     if len(x) < max(k, 1):
         raise ValueError(f"{len(x)} rows, but {max(k, 1)} are needed")
     if not torch.isfinite(x).all():
         raise ValueError("x holds values that are not finite")
+    if float(x.abs().max()) > math.sqrt(torch.finfo(x.dtype).max / (16 * x.shape[1])):
+        raise ValueError("x holds values too large to be squared; scale it down")
     if len(labels.unique()) < classes:
         raise ValueError(f"{len(labels.unique())} class in the sample, but {classes} are needed")
+    return x, labels.long()
+
+
+def check_pair(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 0, classes: int = 1):
+    """As `check`, both of one type; labels numbered anew, in the same order, so that any integers will do."""
+    bank, bank_labels = check(bank, bank_labels, k, classes)
+    queries, labels = check(queries, labels, classes=1)
+    if bank.shape[1] != queries.shape[1]:
+        raise ValueError(f"a bank of {bank.shape[1]} features, but queries of {queries.shape[1]}")
+    dtype = torch.promote_types(bank.dtype, queries.dtype)
+    bank_labels, labels = torch.cat([bank_labels, labels]).unique(return_inverse=True)[1].split([len(bank), len(queries)])
+    return bank.to(dtype), bank_labels, queries.to(dtype), labels
 
 
 def squared_length(x: Tensor) -> Tensor:
@@ -105,6 +125,8 @@ class Nearest:
 
 def nearest(bank: Tensor, queries: Tensor | None, k: int) -> Tensor:
     """The k nearest bank rows of each query (q, k), as `Nearest`; queries None: of each bank row among the others."""
+    if k < 1:
+        raise ValueError(f"{k} neighbours, but one is needed")
     found = []
     y = bank if queries is None else queries
     rows = max(1, BLOCK_BYTES // (8 * min(len(bank), 4096)))
@@ -123,15 +145,14 @@ def vote(labels: Tensor, classes: int) -> Tensor:
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10) -> float:
     """Share of queries whose label is the majority's of their k nearest bank rows (Cover & Hart 1967)."""
-    check(bank, bank_labels, k, classes=1)
-    check(queries, labels, classes=1)
+    bank, bank_labels, queries, labels = check_pair(bank, bank_labels, queries, labels, k)
     return float((vote(bank_labels[nearest(bank, queries, k)], int(bank_labels.max()) + 1) == labels).double().mean())
 
 
 def neighbor_purity(x: Tensor, labels: Tensor, k: int = 10) -> float:
     """Mean share of a row's k nearest other rows that have its label (as Manning et al., Introduction to Information Retrieval
     2008, ch. 16, with neighbourhoods for clusters)."""
-    check(x, labels, k + 1, classes=1)
+    x, labels = check(x, labels, k + 1, classes=1)
     return float((labels[nearest(x, None, k)] == labels[:, None]).double().mean())
 
 
@@ -146,7 +167,7 @@ def silhouettes(sums: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
 
 def silhouette(x: Tensor, labels: Tensor) -> float:
     """Mean silhouette, as `silhouettes`."""
-    check(x, labels)
+    x, labels = check(x, labels)
     _, labels = labels.unique(return_inverse=True)
     member = F.one_hot(labels).to(torch.float64)                                       # (n, classes)
     x = x.double() - x.double().mean(0)
@@ -165,7 +186,7 @@ def class_means(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def fisher_ratio(x: Tensor, labels: Tensor) -> float:
     """Trace of the between-class over trace of the within-class scatter (Fisher 1936; Fukunaga 1990, ch. 10). Rows that are
     all equal count 0; classes without spread of their own infinity."""
-    check(x, labels)
+    x, labels = check(x, labels)
     _, means = class_means(x, labels)
     _, index = labels.unique(return_inverse=True)
     between = float((torch.bincount(index)[:, None] * (means - x.double().mean(0)).square()).sum())
@@ -175,8 +196,7 @@ def fisher_ratio(x: Tensor, labels: Tensor) -> float:
 
 def nearest_mean_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
     """Share of queries whose nearest class mean of the bank is their own class's; a tie goes to the smallest label."""
-    check(bank, bank_labels, classes=1)
-    check(queries, labels, classes=1)
+    bank, bank_labels, queries, labels = check_pair(bank, bank_labels, queries, labels)
     present, means = class_means(bank, bank_labels)
     return float((present[nearest(means, queries.double(), 1)[:, 0]] == labels).double().mean())
 
@@ -270,8 +290,7 @@ def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 def linear_probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
     """Accuracy on queries of multinomial logistic regression on the bank's standardised features (Alain & Bengio 2016)."""
-    check(bank, bank_labels)
-    check(queries, labels, classes=1)
+    bank, bank_labels, queries, labels = check_pair(bank, bank_labels, queries, labels, classes=2)
     W = probe(bank, bank_labels, int(max(bank_labels.max(), labels.max())) + 1)
     return float(((queries.double() @ W[:-1] + W[-1]).argmax(1) == labels).double().mean())
 
@@ -297,6 +316,16 @@ def bootstrap(values: Tensor, statistic=lambda means: means[..., 0], seed: int =
 def paired_bootstrap(a: Tensor, b: Tensor, seed: int = 0) -> tuple[float, float, float]:
     """Mean of a - b over the same n images, and its 95% interval."""
     return bootstrap(a.double() - b.double(), seed=seed)
+
+
+def over_repeats(seed: int = 0):
+    """For `bootstrap`, where the columns are repeats of a random choice: their mean, the repeats drawn again as well."""
+    def statistic(means: Tensor) -> Tensor:
+        if means.dim() == 1:
+            return means.mean()
+        drawn = torch.randint(means.shape[1], means.shape, generator=train.generator("repeats", seed))
+        return means.gather(1, drawn).mean(1)
+    return statistic
 
 
 def ranks(x: Tensor) -> Tensor:
@@ -340,7 +369,8 @@ def t_interval(values) -> tuple[float, float, float] | None:
 def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, draws: int = 2000) -> dict | None:
     """Pearson's and Spearman's correlation of each column with y over models, and of the last minus the first column's, each
     (value, low, high) with a 95% bootstrap interval that draws whole settings: seeds of one setting are no independent models.
-    None with fewer than five models or two settings, or where anything is constant."""
+    Fewer than five settings are too few to draw from: low and high are None. None in all with fewer than five models or two
+    settings, or where anything is constant."""
     x, y = torch.tensor(list(columns.values()), dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
     groups = [torch.tensor([i for i, s in enumerate(settings) if s == setting]) for setting in dict.fromkeys(settings)]
     if len(y) < 5 or len(groups) < 2 or any(z.unique().numel() < 2 for z in (*x, y)):
@@ -353,8 +383,9 @@ def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, dra
             r = torch.corrcoef(torch.stack([of(z[rows]) for z in (*x, y)]))[-1, :-1]
             return torch.cat([r, (r[-1] - r[0])[None]])
         values, many = all_of(torch.arange(len(y))), torch.stack([all_of(rows) for rows in drawn])
-        low, high = many.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-        result[kind] = dict(zip([*columns, "last - first"], zip(values.tolist(), low.tolist(), high.tolist())))
+        limits = many.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+        names = [*columns, "last - first"] if len(columns) > 1 else [*columns]
+        result[kind] = {name: (value, *(ends if len(groups) >= 5 else (None, None))) for name, value, ends in zip(names, values.tolist(), limits)}
     return result
 
 
@@ -444,8 +475,8 @@ def some(labels: Tensor, count: int) -> Tensor:
 def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None = None, k: int = 10) -> dict[str, dict]:
     """All measures of each coordinate system, a name and a function from a block to (b, d), in as few passes as memory allows.
 
-    Of each query (q,): the predictions knn1, knn10, nearest_mean and, with a reference, probe (fitted on it); `shares`, the
-    share of its k bank neighbours with its label; `purity`, the same among the queries; silhouette. Of all: d, fisher, and
+    Of each query (q,): the predictions knn1, knn10, nearest_mean and, with a reference, probe (fitted on it); `purity`, the share
+    of its k nearest other queries with its label; silhouette. Of all: d, fisher, and
     `neighbors` (q, k), numbers of bank rows. The coordinate systems that fit into memory together share a pass.
     """
     labels, q = queries.labels, len(queries)
@@ -506,7 +537,6 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 mine = labels[start:start + len(x)]
                 neighbors = bank.labels[found[name]]
                 part = {"knn1": neighbors[:, 0], "knn10": vote(neighbors, classes), "neighbors": found[name],
-                        "shares": (neighbors == mine[:, None]).double().mean(1),
                         "purity": (labels[among[name].index] == mine[:, None]).double().mean(1),
                         "silhouette": silhouettes(sums[name], mine, of_class),
                         "nearest_mean": torch.nonzero(sizes).flatten()[torch.cat([nearest(means[name], y.double(), 1)[:, 0] for y in x.split(ROWS)])]}
@@ -536,13 +566,13 @@ def accuracies(result: dict, labels: Tensor, shuffled: Tensor) -> dict:
 
 
 def crossed(values: Tensor, seed: int = 0) -> tuple[Tensor, list[int]]:
-    """Of candidates (n, m) measured on the same images, the one with the largest mean, chosen on one half of the images and
-    looked at on the other, both ways: its values (n,) and the two choices. Nothing is chosen on the image it is measured on, so
+    """Of candidates (n, m, ...) measured on the same images, the one with the largest mean, chosen on one half of the images and
+    looked at on the other, both ways: its values (n, ...) and the two choices. Nothing is chosen on the image it is measured on, so
     that the best of many is not flattered. NaN: not measured."""
     halves = torch.randperm(len(values), generator=train.generator("halves", seed)).chunk(2)
-    picked, choices = torch.full((len(values),), math.nan, dtype=torch.float64), []
+    picked, choices = torch.full((len(values), *values.shape[2:]), math.nan, dtype=torch.float64), []
     for here, there in (halves, halves[::-1]):
-        choices.append(int(values[there].double().nanmean(0).argmax()))
+        choices.append(int(values[there].double().nanmean(0).view(values.shape[1], -1).mean(1).argmax()))
         picked[here] = values[here, choices[-1]].double()
     return picked, choices
 
@@ -654,7 +684,7 @@ def token_flow(read, untrained, bank: Fits, queries: Fits, reference: Fits | Non
     rest = torch.arange(len(queries), device=half.device)
     rest = rest[~torch.isin(rest, half)]
     others, unseen = queries.take(rest), queries.take(half)
-    seen = bank.take(some(bank.labels, len(unseen)))
+    seen, unseen = (x.take(some(x.labels, min(len(bank), len(unseen)))) for x in (bank, unseen))
     banks = {"seen": seen, "unseen": unseen}
     halved = {name: measure(stages(read, {"pooled": views["pooled"]}), b, others) for name, b in banks.items()}
 
@@ -675,7 +705,7 @@ def token_flow(read, untrained, bank: Fits, queries: Fits, reference: Fits | Non
                 row[f"{who}{view}_purity"] = float(result["purity"].mean())
         row |= {f"{bank}_knn10": float((halved[bank][s, "pooled"]["knn10"] == labels[rest.cpu()]).double().mean()) for bank in banks}
         row["logit_lens"] = float((torch.cat(logits[s]) == labels).double().mean()) if s and head else None
-        row["auroc"] = auroc(trained[s, "pooled"]["shares"], right, seed)
+        row["auroc"] = auroc(trained[s, "pooled"]["purity"], right, seed)
         rows.append(row)
     gains = torch.stack([(trained[s, "pooled"]["knn10"] == labels).double() - (null[s, "pooled"]["knn10"] == labels).double() for s in (1, count // 2, count - 1)], 1)
     rise = bootstrap(gains, lambda m: m[..., 2] - m[..., 0], seed)
@@ -725,15 +755,14 @@ def knock_outs(reader, tokens: Tensor, labels: Tensor, reference: Tensor, seed: 
     """
     blocks = reader.blocks
     outputs, maps = [0.0] * len(blocks), [0.0] * len(blocks)
-    averaged = min(512, len(reference))
-    for part in reference.split(32):
+    mapped = torch.randperm(len(reference), generator=train.generator("maps", seed))[:512]             # data may be sorted by class
+    chosen = torch.zeros(len(reference), dtype=torch.bool).index_fill_(0, mapped, True).to(reference.device)
+    for part, among in zip(reference.split(32), chosen.split(32)):
         _, states = reader(part, flow=True)
-        few = states[0][:max(0, averaged)]
         for b, block in enumerate(blocks):
             outputs[b] = outputs[b] + block(states[b]).sum(0) / len(reference)
-            if b % 2 == 0 and len(few):
-                maps[b] = maps[b] + attention_map(block, states[b][:len(few)]).sum(0) / min(512, len(reference))
-        averaged -= len(part)
+            if b % 2 == 0:
+                maps[b] = maps[b] + attention_map(block, states[b][among]).sum(0) / len(mapped)
     kinds = {"attention: its mean": lambda b: Constant(outputs[b]), "attention: nothing": lambda b: Constant(torch.zeros_like(outputs[b])),
              "attention: to itself": lambda b: FixedMap(blocks[b], None), "attention: mean map": lambda b: FixedMap(blocks[b], maps[b])}
     kinds = [(name, make, range(0, len(blocks), 2)) for name, make in kinds.items()] + [("MLP: its mean", lambda b: Constant(outputs[b]), range(1, len(blocks), 2))]
@@ -821,6 +850,17 @@ def controls(reference: Tensor, embed: Tensor | None = None, constant: Tensor | 
     return named
 
 
+def energies(reference: Tensor, parts: dict[str, list[Tensor]], embed: Tensor | None = None) -> dict[str, list[float]]:
+    """Each part's centred energy over the bias column's, before the reader's input map and after it; the mean of those drawn."""
+    C = token_covariance(reference)
+    found = {}
+    for W in [torch.eye(len(C), dtype=C.dtype, device=C.device)] + ([embed.double()] if embed is not None else []):
+        every = {name: float(np.mean([float(((U.T @ C @ U) * (W @ U).T.matmul(W @ U)).sum()) for U in (U.double() for U in bases)])) for name, bases in parts.items()}
+        for name, energy in every.items():
+            found.setdefault(name, []).append(energy / max(every["bias column"], 1e-300))
+    return found
+
+
 @torch.no_grad()
 def predict(read, tokens: Tensor, change=None, rows: Tensor | None = None) -> Tensor:
     """Predictions (on the CPU) for tokens[rows] as change(tokens, their rows) makes them."""
@@ -847,11 +887,13 @@ def donors(labels: Tensor, kind: str, *key) -> Tensor:
 RANKS = (1, 2, 4, 8)
 
 
-def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: dict[str, list[Tensor]], seed: int = 0, repeats: int = 5) -> dict:
+def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: dict[str, list[Tensor]], seed: int = 0, repeats: int = 5,
+               embed: Tensor | None = None) -> dict:
     """What the reader loses when the bias column of every token is replaced, and what when matched controls are.
 
     tokens (q, T, width + 1) of test images, reference of training images (means, variances, principal components); parts as from
-    `controls`. Every loss is in accuracy over the same images, repeated for random choices (sd over the repeats).
+    `controls`, embed the input map's weight. Every loss is in accuracy over the same images, repeated for random choices (sd over
+    the repeats); its interval is over images and repeats.
     """
     q, truth = len(tokens), labels.cpu()
     bias, mean = parts["bias column"][0], reference.mean(0)
@@ -867,13 +909,11 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
             guesses.append(predict(read, tokens, change, images))
             bar.update()
         at = torch.arange(q) if images is None else images.cpu()
-        hits = torch.stack([(guess == truth[at]).double() for guess in guesses])
-        per_image = torch.full((q,), math.nan, dtype=torch.float64)
-        per_image[at] = right[at] - hits.mean(0)
-        losses = right[at].mean() - hits.mean(1)
-        values[group, name] = per_image
-        row = {"group": group, "name": name, "accuracy": float(hits.mean()), "loss": bootstrap(per_image[at], seed=seed), "repeats": len(changes),
-               "sd": float(losses.std()) if len(changes) > 1 else None, "images": len(at)}
+        hits = torch.stack([(guess == truth[at]).double() for guess in guesses], 1)    # (images, repeats)
+        values[group, name] = torch.full((q, len(changes)), math.nan, dtype=torch.float64)
+        values[group, name][at] = loss = right[at, None] - hits
+        row = {"group": group, "name": name, "accuracy": float(hits.mean()), "loss": bootstrap(loss, over_repeats(seed), seed), "repeats": len(changes),
+               "sd": float(loss.mean(0).std()) if len(changes) > 1 else None, "images": len(at)}
         rows.append(row)
         return row | {"guesses": guesses}
 
@@ -915,11 +955,12 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
     for r in [0] + [2 ** i for i in range(20) if 2 ** i < len(variances)] + [len(variances)]:
         run("rank", f"bias column, rank {r}", [cut(bias, r)])
         rows[-1] |= {"rank": r, "energy": shares[r - 1] if r else 0.0}
+    energy = energies(reference, parts, embed)
     for name, bases in parts.items():
         if name == "bias column":
             continue
         run("control", name, [swap(bases[i % len(bases)], order) for i, order in enumerate(any_donor)])
-        rows[-1]["columns"] = sum(U.shape[1] for U in bases) / len(bases)
+        rows[-1] |= {"columns": sum(U.shape[1] for U in bases) / len(bases), "energy_over_bias": energy[name]}
         theirs = principals[id(bases[0])][2]
         for r in [0, *(r for r in RANKS if r <= min(len(theirs), len(shares)))]:
             same = int(torch.searchsorted(theirs.cumsum(0) / theirs.sum(), shares[r - 1] - 1e-9)) + 1 if r else 0
@@ -932,14 +973,20 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
     singles = {str(j): run("single column", f"column {j}", [swap(eye[:, j:j + 1], any_donor[0])], few)["loss"][0]
                for j in torch.linspace(0, width - 1, min(64, width)).round().long().unique().tolist()}
     bar.close()
-    bias_there = float(values["replaced", "another image's"][few.cpu()].mean())
-    names = [key for key in values if key[0] in ("control", "single column")]
-    strongest, choices = crossed(torch.stack([values[key] for key in names], 1), seed)
-    seen = ~strongest.isnan()
-    margin = paired_bootstrap(values["replaced", "another image's"][seen], strongest[seen], seed)
+    bias_loss = values["replaced", "another image's"]
+    bias_there = float(bias_loss[few.cpu()].mean())
+
+    def against(names: list) -> tuple:
+        """The bias column's loss minus the strongest control's, and which that was."""
+        strongest, choices = crossed(torch.stack([values[key].expand(-1, repeats) for key in names], 1), seed)
+        seen = ~strongest.isnan().any(1)
+        return bootstrap((bias_loss - strongest)[seen], over_repeats(seed), seed), [names[c][1] for c in choices]
+
+    margin, strongest = against([key for key in values if key[0] in ("control", "single column")])
+    margin_matched, _ = against([key for key in values if key[0] == "control" and "matched" in key[1]])
     low, high = 100 * margin[1], 100 * margin[2]
     return {"rows": [row for row in rows if row["group"] != "single column"], "reader": float(right.mean()), "test": q, "classes": int(truth.max()) + 1,
-            "reference": len(reference), "permuted": permuted["loss"], "margin": margin, "strongest": [names[c][1] for c in choices],
+            "reference": len(reference), "permuted": permuted["loss"], "margin": margin, "strongest": strongest, "margin_matched": margin_matched,
             "moved_to_donor": bootstrap(drawn_to.mean(0), seed=seed), "effective_rank": effective_rank(variances), "bias_entries": own.shape[1],
             "single_columns": {"images": len(few), "losses": singles, "bias": bias_there,
                                "bias_percentile": 100 * float(np.mean([loss < bias_there for loss in singles.values()]))},
@@ -962,7 +1009,7 @@ def image_facts(images: Tensor) -> dict[str, Tensor]:
     facts["top - bottom"] = grey[:, :half].mean((1, 2)) - grey[:, size - half:].mean((1, 2))
     wave = torch.cos(math.pi * torch.arange(3, device=images.device)[:, None] * (torch.arange(size, device=images.device) + 0.5) / size).to(grey)   # DCT-II
     for v, u in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
-        facts[f"cosine ({v}, {u})"] = torch.einsum("nyx,y,x->n", grey, wave[v], wave[u]) / size ** 2
+        facts[f"cosine, {v} down {u} across"] = torch.einsum("nyx,y,x->n", grey, wave[v], wave[u]) / size ** 2
     return facts
 
 
@@ -1038,7 +1085,7 @@ def points(models: list[dict]) -> list[dict]:
     """What the comparison takes from each model's report; architecture and setting are keys, the same for what is alike."""
     found = []
     for model in models:
-        flags, e = model["training"], model["experiments"]
+        flags, e = model["training"] | {"init_from": bool(model["training"]["init_from"])}, model["experiments"]       # not the path: each seed has its own
         point = {"name": model["name"], "seed": flags["seed"], "w_task": flags["w_task"], "reader": model["reader"],
                  "architecture": json.dumps({key: flags[key] for key in ARCHITECTURE}),
                  "setting": json.dumps({key: value for key, value in flags.items() if key != "seed" and key not in train.FREE}),
@@ -1056,7 +1103,7 @@ def points(models: list[dict]) -> list[dict]:
 
 def side(interval, limit: float) -> int:
     """1: wholly above the limit, -1: below, 0: neither, or no interval."""
-    return 0 if interval is None else int(interval[1] > limit) - int(interval[2] < limit)
+    return 0 if interval is None or interval[1] is None else int(interval[1] > limit) - int(interval[2] < limit)
 
 
 def across(found: list[dict], seed: int = 0) -> dict:
@@ -1087,7 +1134,7 @@ def across(found: list[dict], seed: int = 0) -> dict:
             result["pairs"].append({"w_task": w_task, "n": len(pairs), "mean": float(np.mean(differences)), "interval": t_interval(differences)})
     result["verdicts"] = []
     for s in result["seeds"]:
-        few = "too few models of one architecture for correlations"
+        few = "too few models or settings of one architecture for correlations"
         if "gap" in s:
             rho = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
             gap, low = side(s["gap"], 0.02), side(rho, 0.5)
@@ -1116,6 +1163,8 @@ def span(interval, factor: float = 1, digits: int = 1) -> str:
     """value [low, high]"""
     if interval is None:
         return "none"
+    if interval[1] is None:
+        return f"{factor * interval[0]:+.{digits}f} (no interval: fewer than five settings)"
     value, low, high = (f"{factor * x:+.{digits}f}" for x in interval)
     return f"{value} [{low}, {high}]"
 
@@ -1133,20 +1182,21 @@ def clustering_table(result: dict) -> str:
     low, high = result["reader_interval"]
     lines.append(f"{'trained reader':30s}{100 * result['reader']:16.1f}  95% interval {100 * low:.1f} to {100 * high:.1f}")
     lines.append(f"bank {result['bank']}, probe fitted on {result['probe_images']}, test {result['test']} images; shuffl.: 10-NN, labels shuffled")
+    lines.append("standardised, bias column, all but the bias column, cosine: of the hidden layers only")
     lines.append("10-NN on phi - theta by bank size: " + ", ".join(f"{n}: {100 * a:.1f}%" for n, a in result["knn10_by_bank"].items()))
     return "\n".join(lines)
 
 
 def flow_table(result: dict) -> str:
-    lines = [f"{'':14s}{'mean over tokens':^31s}{'flattened':^22s}{'untrained':^15s}{'AUROC':>15s}",
+    lines = [f"{'':14s}{'mean over tokens':^31s}{'flattened':^22s}{'untrained':^15s}{'AUROC':>17s}",
              f"{'stage':14s}" + "".join(f"{t:>8s}" for t in ("10-NN %", "probe %", "lens %")) + f"{'purity':>7s}"
              + "".join(f"{t:>{w}s}" for t, w in (("10-NN %", 8), ("probe %", 8), ("purity", 7), ("10-NN %", 8), ("purity", 7)))]
     for row in result["rows"]:
         cells = [percent(row.get(key)) if "purity" not in key else f"{row[key]:.3f}" if key in row else ""
                  for key in ("pooled_knn10", "pooled_probe", "logit_lens", "pooled_purity", "flattened_knn10", "flattened_probe", "flattened_purity", "untrained_pooled_knn10", "untrained_pooled_purity")]
         auc = f"{row['auroc'][0]:.2f} [{row['auroc'][1]:.2f}, {row['auroc'][2]:.2f}]" if row["auroc"] else ""
-        lines.append(f"{row['stage']:14s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 8, 8, 7, 8, 8, 7, 8, 7))) + f"{auc:>18s}")
-    lines.append(f"bank {result['bank']}, test {result['test']} images; lens: the head applied early; AUROC: does a test image's purity tell whether it is read right")
+        lines.append(f"{row['stage']:14s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 8, 8, 7, 8, 8, 7, 8, 7))) + f"{auc:>17s}")
+    lines.append(f"bank {result['bank']}, test {result['test']} images; lens: the head applied early; AUROC: does an image's purity (mean over tokens) tell whether it is read right")
     last = result["rows"][-1]
     lines.append(f"last stage, 10-NN with a bank of {result['half']}: training images {percent(last['seen_knn10'])}%, images never seen {percent(last['unseen_knn10'])}%")
     return "\n".join(lines)
@@ -1162,17 +1212,23 @@ def knock_out_table(rows: list[dict]) -> str:
 
 
 def bias_table(result: dict) -> str:
-    lines = [f"{'loss of accuracy, points':58s}{'mean [95% interval]':>24s}{'sd':>7s}{'n':>4s}"]
-    for group, title in (("replaced", "bias column replaced by"), ("kept", "all else at the train mean, kept"), ("control", "another image's, in place of the bias column:"), ("rank", None)):
-        lines += [f"{title}"] if title else []
-        for row in result["rows"]:
-            if row["group"] == group:
-                name = row["name"].replace("energy matched", "matched") + (f" ({row['columns']:.0f} columns)" if row.get("columns", 1) > 1 else "") + (f" ({100 * row['energy']:.0f}% of its variance)" if "energy" in row else "")
-                lines.append(f"  {name:56s}{span(row['loss'], 100):>24s}{'' if row['sd'] is None else format(100 * row['sd'], '.1f'):>7s}{row['repeats']:4d}")
+    lines = [f"{'loss of accuracy, points':48s}{'mean [95% interval]':>22s}{'sd':>6s}{'n':>4s}{'columns':>9s}{'energy':>11s}"]
+    titles = {"replaced": "bias column replaced by", "kept": "all else at the train mean, kept", "control": "another part replaced by another image's", "rank": "bias column cut to its first principal components"}
+    for group, title in titles.items():
+        lines.append(title)
+        for row in (row for row in result["rows"] if row["group"] == group):
+            name = row["name"].replace("energy matched", "matched") + (f" ({100 * row['energy']:.0f}% of its variance)" if "energy" in row else "")
+            size = f"{row['columns']:9.1f}{'/'.join(f'{e:.1f}' for e in row['energy_over_bias']):>11s}" if "columns" in row else ""
+            lines.append(f"  {name:46s}{span(row['loss'], 100):>22s}{'' if row['sd'] is None else format(100 * row['sd'], '.1f'):>6s}{row['repeats']:4d}{size}")
+    lines.append("n: repeats of random choices; energy: centred, over the bias column's, before / after the input map")
     singles = sorted(result["single_columns"]["losses"].values())
     lines.append(f"{len(singles)} single columns, another image's ({result['single_columns']['images']} images): loss {100 * singles[0]:+.1f} to {100 * singles[-1]:+.1f}, median {100 * singles[len(singles) // 2]:+.1f}; "
-                 f"the bias column's {100 * result['single_columns']['bias']:+.1f}")
+                 f"the bias column's {100 * result['single_columns']['bias']:+.1f}, above {result['single_columns']['bias_percentile']:.0f}% of them")
     return "\n".join(lines)
+
+
+SHORT = {"column of highest energy": "highest col", "most constant column": "const. col", "leading direction": "direction",
+         "random columns, energy matched before the input map": "rnd, before", "random columns, energy matched after the input map": "rnd, after"}
 
 
 def at_rank(regression: dict, r: int) -> dict:
@@ -1181,25 +1237,29 @@ def at_rank(regression: dict, r: int) -> dict:
 
 
 def content_table(result: dict) -> str:
-    names = list(result["regressions"])
-    short = {name: name.replace(" the input map", "").replace("random columns, energy matched", "random cols").replace("column of highest energy", "highest col")
-             .replace("most constant column", "const. col").replace("leading direction", "direction") for name in names}
-    r = 4
-    lines = [f"{f'R2 from {r} components of':18s}" + "".join(f"{short[name].replace('random cols', 'rnd'):>13s}" for name in names)]
+    names, r = list(result["regressions"]), 4
+    lines = [f"{f'R2 from {r} components of':25s}" + "".join(f"{SHORT.get(name, name):>12s}" for name in names)]
     for fact in at_rank(result["regressions"][names[0]], 1):
         cells = [at_rank(reg, r)[fact] for reg in result["regressions"].values()]
-        lines.append(f"{fact:25s}"[:25] + "".join(f"{'' if c is None else format(c[0], '.3f'):>13s}" for c in cells))
+        lines.append(f"{fact:25s}"[:25] + "".join(f"{'' if c is None else format(c[0], '.3f'):>12s}" for c in cells))
     lines.append("R2 from all facts to component 1, 2, 3, 4 of the bias column: " + ", ".join(f"{c[0]:.3f}" if c else "none" for c in result["regressions"]["bias column"]["from_facts"][:4]))
     for m in result["mediation"]:
         lines.append(f"mean colour of an image of {'another' if m['donors'] == 'other' else 'the same'} class: total effect {span(m['total'], 100)} points; {100 * m['outside']:.1f}% of the pixels beyond [-1, 1]")
+        lines.append(f"  {'part put in or restored':24s}{'indirect, points':>22s}{'share':>26s}{'share restored':>26s}")
         for name, part in m["parts"].items():
-            lines.append(f"  {short[name]:26s} indirect {span(part['indirect'], 100):22s} share {span(part['share'], 1, 2) if part['share'] else 'none: the total effect may be 0'}")
+            shares = "".join(f"{span(part[key], 1, 2) if part[key] else 'none':>26s}" for key in ("share", "share_restored"))
+            lines.append(f"  {SHORT.get(name, name):24s}{span(part['indirect'], 100):>22s}{shares}")
+        if not m["total"][1] > 0:
+            lines.append("  no share of a total effect that may be 0")
     return "\n".join(lines)
 
 
 def summary(model: dict) -> list[str]:
     """A dozen lines about one checkpoint, then one a claim."""
-    e, lines, verdicts = model["experiments"], [f"reader accuracy {100 * model['reader']:.1f}% [{100 * model['reader_interval'][0]:.1f}, {100 * model['reader_interval'][1]:.1f}] on {model['test']} test images"], []
+    e, verdicts = model["experiments"], []
+    low, high = model["reader_interval"]
+    lines = [f"reader accuracy {100 * model['reader']:.1f}% [{100 * low:.1f}, {100 * high:.1f}] on {model['test']} {model.get('evaluated_on', 'test images')}"
+             + (" (the run is not finished)" if model.get("unfinished") else "")]
     if "clustering" in e:
         c = e["clustering"]
         rows = {row["coordinate"]: row for row in c["rows"]}
@@ -1208,7 +1268,7 @@ def summary(model: dict) -> list[str]:
         lines.append(f"purity of phi - theta {c['purity']:.3f}, silhouette {rows['phi - theta']['silhouette']:.3f}")
         lines.append(f"reader - best geometry ({' / '.join(dict.fromkeys(c['best']))}) {span(c['gap'], 100)} points")
         end = {"first half holds": " (its second half needs several models)", "not decided here": "" if c["whole_bank"] else f" (a bank of {c['bank']} is only a part of the training set)"}.get(c["verdict"], "")
-        verdicts.append(f"C1 {c['verdict']} on this checkpoint{end}: reader - best geometry {span(c['gap'], 100)} points; rule: supported > 2, refuted < 2")
+        verdicts.append(f"C1 {c['verdict'].replace(' here', '')} on this checkpoint{end}: reader - best geometry {span(c['gap'], 100)} points; rule: supported > 2, refuted < 2")
     if "token-flow" in e:
         f = e["token-flow"]
         first, last = f["rows"][1], f["rows"][-1]
@@ -1220,7 +1280,7 @@ def summary(model: dict) -> list[str]:
             alone = max((r for r in f["knock_outs"] if r["span"] == "alone"), key=lambda r: r["loss"][0])
             every = max((r for r in f["knock_outs"] if r["span"] != "alone" and r["replaced"] == "attention: its mean"), key=lambda r: r["loss"][0])
             lines.append(f"dearest sub-block: {alone['replaced']} in block {alone['block']} costs {span(alone['loss'], 100)} points; all attention from block {every['block']} on at its mean {span(every['loss'], 100)}")
-        verdicts.append(f"C2 {f['verdict']} on this checkpoint{' (its first half needs several models)' if 'half' in f['verdict'] else ''}: rise of 10-NN over the untrained reader {span(f['rise'], 100)} points, in the second half of the blocks minus half of it "
+        verdicts.append(f"C2 {f['verdict'].replace(' here', '')} on this checkpoint{' (its first half needs several models)' if 'half' in f['verdict'] else ''}: rise of 10-NN over the untrained reader {span(f['rise'], 100)} points, in the second half of the blocks minus half of it "
                         f"{span(f['late_minus_half'], 100)}; rule: > 0, refuted < 0")
     if "bias-route" in e:
         b = e["bias-route"]
@@ -1231,7 +1291,8 @@ def summary(model: dict) -> list[str]:
         lines.append(f"same-class donor {span(by['replaced', same]['loss'], 100)}, other-class donor: predictions move to its class {span(b['moved_to_donor'], 100)} points over its base rate")
         ranks_ = [row for row in b["rows"] if row["group"] == "rank" and row["rank"] in (0, 1, 2, 4)]
         lines.append("bias vector cut to rank " + ", ".join(f"{row['rank']}: {percent(row['accuracy'])}%" for row in ranks_) + f"; effective rank {b['effective_rank']:.1f} of {b['bias_entries']}")
-        verdicts.append(f"C3 {b['verdict']} on this checkpoint: loss with the bias column permuted - strongest control {span(b['margin'], 100)} points; rule: supported > 2, refuted < 0")
+        verdicts.append(f"C3 {b['verdict'].replace(' here', '')} on this checkpoint: loss with the bias column permuted - strongest control {span(b['margin'], 100)} points; rule: supported > 2, refuted < 0"
+                        + (f" (against the energy-matched sets alone {span(b['margin_matched'], 100)})" if "margin_matched" in b else ""))
     if "content" in e:
         c = e["content"]
         facts = {k: v for k, v in at_rank(c["regressions"]["bias column"], 4).items() if v}
@@ -1272,7 +1333,7 @@ def stage_axis(axis, stages: list[str]):
 def clustering_figure(path: Path, result: dict):
     rows = result["rows"][::-1]
     figure, (axis,) = canvas(1, 1, 8, 1.8 + 0.36 * len(rows))
-    for key, marker, label in (("knn10", "o", "10 nearest neighbours"), ("nearest_mean", "s", "nearest class mean"), ("probe", "^", "linear probe"),
+    for key, marker, label in (("knn1", "d", "nearest neighbour"), ("knn10", "o", "10 nearest neighbours"), ("nearest_mean", "s", "nearest class mean"), ("probe", "^", "linear probe"),
                                ("knn10_shuffled", "x", "10 nearest neighbours, labels shuffled")):
         if key in rows[0]:
             axis.plot([100 * row[key] for row in rows], range(len(rows)), marker, label=label)
@@ -1350,7 +1411,7 @@ def bias_figure(path: Path, result: dict):
     shown = [row for row in result["rows"] if row["group"] in ("replaced", "kept", "control")]
     colours = {"replaced": "C0", "kept": "C2", "control": "C1"}
     label = {"replaced": "bias: ", "kept": "kept: ", "control": "control: "}
-    bars(axis, [label[row["group"]] + row["name"].replace(", energy matched", ",\nmatched") for row in shown], [row["loss"] for row in shown], [colours[row["group"]] for row in shown])
+    bars(axis, [textwrap.fill(label[row["group"]] + row["name"], 34) for row in shown], [row["loss"] for row in shown], [colours[row["group"]] for row in shown])
     axis.set_xlabel("loss of accuracy (points; line: 95% interval)")
     axis.set_title("Replaced in every token; controls: by another image's", fontsize=10)
     top, bottom = right.subplots(2, 1)
@@ -1359,7 +1420,7 @@ def bias_figure(path: Path, result: dict):
     lows = [row for row in result["rows"] if row["group"] == "low-rank control" and "for the bias" not in row["name"]]
     for style, name in zip(("s--", "^--", "d--", "x:", "+:"), dict.fromkeys(row["part"] for row in lows)):
         mine = [row for row in lows if row["part"] == name]
-        top.plot([[r["rank"] for r in ranks_].index(row["rank"]) for row in mine], [100 * row["accuracy"] for row in mine], style, markersize=4, label=name.replace("random columns, energy ", "random, "))
+        top.plot([[r["rank"] for r in ranks_].index(row["rank"]) for row in mine], [100 * row["accuracy"] for row in mine], style, markersize=4, label=SHORT.get(name, name))
     top.axhline(100 * result["reader"], color="grey", linewidth=1)
     top.set_xticks(range(len(ranks_)), [row["rank"] for row in ranks_], fontsize=8)
     top.set_xlabel("principal components kept, all else of the token untouched")
@@ -1385,17 +1446,17 @@ def content_figure(path: Path, result: dict):
     values = np.array([[math.nan if table[fact] is None else table[fact][0] for table in tables] for fact in facts])
     left.imshow(values.clip(0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, j in itertools.product(range(len(facts)), range(len(names))):
-        left.text(j, i, "none" if math.isnan(values[i, j]) else f"{values[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if values[i, j] > 0.6 else "black")
-    broken = [name.replace("random columns, energy matched", "random,\nmatched").replace(" the input", "\nthe input").replace("column of", "column of\n").replace("most constant", "most\nconstant").replace("leading ", "leading\n").replace("bias ", "bias\n") for name in names]
-    left.set_xticks(range(len(names)), broken, fontsize=7.5)
+        left.text(j, i, "none" if math.isnan(values[i, j]) else f"{round(values[i, j], 2) + 0.0:.2f}", ha="center", va="center", fontsize=8, color="white" if values[i, j] > 0.6 else "black")
+    left.set_xticks(range(len(names)), [textwrap.fill(name, 13) for name in names], fontsize=7.5)
     left.set_yticks(range(len(facts)), facts, fontsize=8)
     left.set_title("R² on test images, from 4 principal components of a part", fontsize=10)
     labels, intervals, colours = [], [], []
     for m in result["mediation"]:
         who = "another class" if m["donors"] == "other" else "the same class"
-        labels, intervals, colours = labels + [f"{who}: total effect"], intervals + [m["total"]], colours + ["black"]
+        gap = [""] if labels else []
+        labels, intervals, colours = labels + gap + [f"{who}: total effect"], intervals + [None] * len(gap) + [m["total"]], colours + ["black"] * (1 + len(gap))
         for name, part in m["parts"].items():
-            labels.append(name.replace("random columns, energy matched", "random,").replace(" the input map", " input map"))
+            labels.append(textwrap.fill(name, 30))
             intervals.append(part["indirect"])
             colours.append("C0" if name == "bias column" else "C1")
     bars(right, labels, intervals, colours)
@@ -1405,10 +1466,7 @@ def content_figure(path: Path, result: dict):
 
 
 def summary_figure(path: Path, model: dict):
-    e = model["experiments"]
-    if not e:
-        return
-    count = len(e)
+    e, count = model["experiments"], len(model["experiments"])
     figure, axes = canvas(2 if count > 2 else 1, min(count, 2), 12 if count > 1 else 6.5, 9 if count > 2 else 4.8)
     axes = list(axes)
     if "clustering" in e:
@@ -1424,13 +1482,14 @@ def summary_figure(path: Path, model: dict):
     if "token-flow" in e:
         f, axis = e["token-flow"], axes.pop(0)
         flow_lines(axis, f, "pooled")
+        axis.set_xlabel("stage; A, M: after a block's attention, MLP")
         axis.set_title(f"Where do classes come apart? (mean token)\nlate rise - half {span(f['late_minus_half'], 100)}: C2 {f['verdict']}", fontsize=10)
     if "bias-route" in e:
         b, axis = e["bias-route"], axes.pop(0)
         shown = [row for row in b["rows"] if row["group"] == "control"]
         singles = b["single_columns"]["losses"]
         worst = max(singles.values())
-        bars(axis, ["bias column", *(row["name"].replace(", energy matched", ",\nmatched") for row in shown), f"largest of {len(singles)} single columns"], [b["permuted"], *(row["loss"] for row in shown), (worst,) * 3],
+        bars(axis, ["bias column", *(textwrap.fill(row["name"], 30) for row in shown), f"largest of {len(singles)} single columns"], [b["permuted"], *(row["loss"] for row in shown), (worst,) * 3],
              ["C0"] + ["C1"] * (len(shown) + 1))
         axis.set_xlabel("loss of accuracy, permuted over images (points)")
         axis.set_title(f"Is the bias column a route of its own?\nloss - strongest control's {span(b['margin'], 100)}: C3 {b['verdict']}", fontsize=10)
@@ -1438,20 +1497,21 @@ def summary_figure(path: Path, model: dict):
         c, axis = e["content"], axes.pop(0)
         m = c["mediation"][0]
         names = list(m["parts"])
-        bars(axis, ["total effect", *(name.replace(", energy matched", ",\nmatched") for name in names)], [m["total"], *(m["parts"][name]["indirect"] for name in names)], ["black"] + ["C0"] + ["C1"] * (len(names) - 1))
+        bars(axis, ["total effect", *(textwrap.fill(name, 30) for name in names)], [m["total"], *(m["parts"][name]["indirect"] for name in names)], ["black"] + ["C0"] + ["C1"] * (len(names) - 1))
         axis.set_xlabel("loss of accuracy (points)")
         share = m["parts"]["bias column"]["share"]
         axis.set_title("What does it carry? Mean colour swapped\n" + (f"share through the bias column {span(share, 1, 2)}" if share else "no clear total effect: no share"), fontsize=10)
     for axis in axes:
         axis.axis("off")
-    figure.suptitle(f"{model['name']}: reader {100 * model['reader']:.1f}% on {model['test']} test images of {model['data']}", fontsize=11)
+    figure.suptitle(f"{model['name']}: reader {100 * model['reader']:.1f}% on {model['test']} {model.get('evaluated_on', 'test images')}, {model['data']}", fontsize=11)
     figure.savefig(path)
 
 
 def models_figure(path: Path, result: dict):
     found = result["points"]
     most = max([p["architecture"] for p in found], key=[p["architecture"] for p in found].count)
-    figure, (left, right) = canvas(1, 2, 12, 4.8)
+    stages = [(key, label, result["correlations"][key]) for key, label in (("stage purity", "purity"), ("stage knn10", "10-NN accuracy")) if result["correlations"].get(key)]
+    figure, (left, *right) = canvas(1, 1 + bool(stages), 6 + 6 * bool(stages), 4.8)
     weights = sorted({p["w_task"] for p in found})
     for weight, marker in zip(weights, itertools.cycle("os^dvP*X")):
         mine = [p for p in found if p["w_task"] == weight and "purity" in p]
@@ -1463,19 +1523,15 @@ def models_figure(path: Path, result: dict):
     left.grid(alpha=0.3)
     c = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
     left.set_title("Models (hollow: another architecture)\n" + (f"Spearman's rho {span(c, 1, 2)}" if c else "too few for a correlation"), fontsize=10)
-    for (key, label), style in zip((("stage purity", "purity"), ("stage knn10", "10-NN accuracy")), ("o-", "s--")):
-        c = result["correlations"].get(key)
-        if c:
-            stages = [name for name in c["spearman"] if name not in ("last - first", "phi - theta")]
-            y = np.array([c["spearman"][name] for name in stages])
-            right.errorbar(range(len(stages)), y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), fmt=style, markersize=4, capsize=2, label=label)
-            stage_axis(right, stages)
-    if right.has_data():
-        right.legend(fontsize=8)
-        right.set_ylabel("Spearman's rho with reader accuracy")
-        right.set_title(f"By stage of the reader, {result['models']} models of one architecture", fontsize=10)
-    else:
-        right.axis("off")
+    for (key, label, c), style in zip(stages, ("o-", "s--")):
+        names = [name for name in c["spearman"] if name not in ("last - first", "phi - theta")]
+        y = np.array([c["spearman"][name] for name in names], dtype=float)             # no interval: NaN
+        right[0].errorbar(range(len(names)), y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), fmt=style, markersize=4, capsize=2, label=label)
+        stage_axis(right[0], names)
+        right[0].legend(fontsize=8)
+        right[0].set_ylabel("Spearman's rho with reader accuracy")
+        right[0].set_title(f"By stage of the reader, {result['models']} models of one architecture"
+                           + ("" if c["settings"] >= 5 else f"\nno intervals: {c['settings']} settings"), fontsize=10)
     figure.savefig(path)
 
 
@@ -1490,7 +1546,7 @@ def parser() -> train.Parser:
     p = train.Parser(prog="diagnostics.py", description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints of runs of train.py; several are also compared")
     p.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments (default all)", metavar="EXPERIMENT")
-    p.add_argument("--samples", type=train.whole(20), help="bank: so many training images, the same share of each class (default all)")
+    p.add_argument("--samples", type=train.whole(24), help="bank: so many training images, the same share of each class (default all)")
     p.add_argument("--repeats", type=train.whole(1), default=5, help="draws of each random choice (default 5)")
     p.add_argument("--seed", type=train.whole(0), default=0, help="of random choices and intervals (default 0)")
     p.add_argument("--dataset", help="look at other data than the checkpoint was trained on")
@@ -1513,13 +1569,19 @@ def fitter(model: train.MWT):
     return fit
 
 
+def looked_at(args, flags):
+    """The settings of the data to look at: the run's, unless --dataset names others, which are taken whole."""
+    other = {"dataset": flags.dataset, "train_size": None, "test_size": None, "val": 0.0} if flags.dataset not in (None, args.dataset) else {}
+    return argparse.Namespace(**vars(args) | other | ({"data_root": flags.data_root} if flags.data_root else {}))
+
+
 def diagnose(path: str, flags, device: torch.device, write) -> dict:
     """One checkpoint's report; write(report) is called after each experiment."""
     model, args = train.load_checkpoint(path, device)
     model.bf16 = False                                     # experiments compare small differences
     model.eval().requires_grad_(False)
-    args.dataset, args.data_root = flags.dataset or args.dataset, flags.data_root or args.data_root
-    data, test = train.load_dataset(args, device)
+    seen = looked_at(args, flags)
+    data, test = train.load_dataset(seen, device)
     every = len(data)
     if flags.samples and flags.samples < every:
         data = data.take(some(data.labels, flags.samples))
@@ -1535,9 +1597,13 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
     if not reference.bytes and reference.data is not None:
         reference.keep = 1 << 30
-    predictions = torch.cat([read(block.tokens).argmax(-1).cpu() for block in queries.blocks()])
+    logits = torch.cat([read(block.tokens) for block in queries.blocks()])
+    if not torch.isfinite(logits).all():
+        raise train.InputError(f"{path}: a damaged checkpoint: its fits or predictions are not finite")
+    predictions = logits.argmax(-1).cpu()
     right = int((predictions == queries.labels.cpu()).sum())
-    report = {"name": Path(path).stem, "checkpoint": path, "command": train.command_line(args), "training": vars(args), "data": args.dataset, "test": len(test), "bank": len(data),
+    report = {"name": Path(path).stem, "checkpoint": path, "command": train.command_line(args), "training": vars(args), "data": seen.dataset, "test": len(test), "bank": len(data),
+              "evaluated_on": "held-out training images" if seen.val else "test images", "unfinished": "progress" in train.read_checkpoint(path),
               "reader": right / len(test), "reader_interval": train.wilson(right, len(test)), "experiments": {}}
     done = report["experiments"]
     if "clustering" in flags.only:
@@ -1561,7 +1627,7 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     if {"bias-route", "content"} & set(flags.only):
         parts = controls(known.tokens, model.reader.embed.weight, constancy(model.siren, model.coords), flags.seed, flags.repeats)
     if "bias-route" in flags.only:
-        done["bias-route"] = bias_route(read, small.tokens, small.labels, known.tokens, parts, flags.seed, flags.repeats)
+        done["bias-route"] = bias_route(read, small.tokens, small.labels, known.tokens, parts, flags.seed, flags.repeats, model.reader.embed.weight)
         write(report)
     if "content" in flags.only:
         done["content"] = content(read, fit, small, known, parts, flags.seed)
@@ -1589,24 +1655,32 @@ def run(argv: list[str] | None):
     device = train.find_device(flags.device)
     if len(set(map(os.path.abspath, flags.ckpt))) < len(flags.ckpt):
         raise train.InputError("--ckpt: the same checkpoint twice")
+    runs = {}
     for path in flags.ckpt:                                # all of them before any work
         content_ = train.read_checkpoint(path)
         args = train.load_checkpoint(path, "cpu")[1]
-        args.dataset, args.data_root = flags.dataset or args.dataset, flags.data_root or args.data_root
-        _, test = train.load_dataset(args, "cpu", train=False)
+        same = runs.setdefault(json.dumps({key: value for key, value in vars(args).items() if key not in train.FREE}), path)
+        if same != path:
+            raise train.InputError(f"--ckpt: {same} and {path} are the same run: the same settings and seed")
+        seen = looked_at(args, flags)
+        _, test = train.load_dataset(seen, "cpu", train=False)
         if train.facts(test)[:2] != content_["data"][:2]:
-            raise train.InputError(f"--dataset {args.dataset}: other channels or classes than {path} was trained on")
+            raise train.InputError(f"--dataset {seen.dataset}: other channels or classes than {path} was trained on")
     out = Path(flags.out or str(Path(flags.ckpt[0]).with_suffix("")) + "-diagnostics")
     if out.exists() and not out.is_dir() or not out.parent.is_dir():
         raise train.InputError(f"--out {out}: not a folder that can be made")
-    out.mkdir(exist_ok=True)
+    names = [Path(path).stem for path in flags.ckpt]
+    folders = [out if len(names) == 1 else out / (name if names.count(name) == 1 else f"{name}-{i + 1}") for i, name in enumerate(names)]
+    figures = [name for name, _ in DRAW.values()] + ["summary.png"]
+    for folder in dict.fromkeys([out, *folders]):
+        for name in ("", "report.json", *figures):
+            try:
+                train.touch(folder / name) if name else folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise train.InputError(f"--out {out}: {folder / name} cannot be written ({error.strerror})") from error
     about = train.environment(device) | {"command": shlex.join(["python", "diagnostics.py", *(sys.argv[1:] if argv is None else argv)]), "flags": vars(flags)}
     models = []
-    for number, path in enumerate(flags.ckpt):
-        name = Path(path).stem
-        folder = out if len(flags.ckpt) == 1 else out / (name if [Path(p).stem for p in flags.ckpt].count(name) == 1 else f"{name}-{number + 1}")
-        folder.mkdir(exist_ok=True)
-
+    for path, folder in zip(flags.ckpt, folders):
         def write(report: dict):
             save(folder / "report.json", about | {"model": report})
 
@@ -1616,6 +1690,8 @@ def run(argv: list[str] | None):
         for key, result in model["experiments"].items():
             DRAW[key][1](folder / DRAW[key][0], result)
         summary_figure(folder / "summary.png", model)
+        for name in {name for key, (name, _) in DRAW.items() if key not in model["experiments"]}:
+            (folder / name).unlink(missing_ok=True)        # an earlier run's, no part of this report
         print((f"== {path}\n\n" if len(flags.ckpt) > 1 else "") + tables(model) + f"\nwrote {folder}/report.json and figures\n", flush=True)
         models.append(model)
     if len(models) > 1:
@@ -1635,7 +1711,7 @@ def models_table(result: dict) -> str:
     for pair in result["pairs"]:
         lines.append(f"purity of phi - theta, w_task {pair['w_task']:g} minus 0, same seeds: {pair['mean']:+.4f}" + (f" [{pair['interval'][1]:+.4f}, {pair['interval'][2]:+.4f}], n = {pair['n']}" if pair["interval"] else " (one seed)"))
     for key, c in result["correlations"].items():
-        lines.append(f"rho with reader accuracy, {key}: " + (", ".join(f"{name} {value[0]:+.2f}" for name, value in c["spearman"].items()) + f" (Spearman, {c['n']} models, {c['settings']} settings)" if c else "too few"))
+        lines.append(f"rho with reader accuracy, {key}: " + (", ".join(f"{name} {value[0]:+.2f}" for name, value in c["spearman"].items()) + f" (Spearman, {c['n']} models, {c['settings']} settings)" if c else "too few models or settings"))
     return fold("\n".join([*lines, *result["verdicts"]]))
 
 
@@ -1650,7 +1726,7 @@ def main(argv: list[str] | None = None):
     try:
         run(argv)
     except (train.InputError, KeyboardInterrupt) as error:
-        print(f"diagnostics.py: {'error: ' if isinstance(error, train.InputError) else ''}{error or 'interrupted'}", file=sys.stderr)
+        print(f"diagnostics.py: {'error: ' if isinstance(error, train.InputError) else ''}{str(error) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(getattr(error, "status", 130)) from None
 
 

@@ -1124,6 +1124,28 @@ def test_measures_by_hand_and_invariance():
         raise AssertionError("bad input must be a ValueError")
 
 
+def test_measures_on_odd_input():
+    x, labels = samples(0)
+    y, queries = samples(1, 30)
+    for knn in (diagnostics.knn_accuracy, diagnostics.nearest_mean_accuracy, diagnostics.linear_probe):
+        expected = knn(x, labels, y, queries)
+        for other in (x.long(), x.double(), x.half(), x.clone().requires_grad_()):
+            assert abs(knn(other, labels.int(), y, queries.to(torch.uint8)) - expected) < 0.04
+        assert knn(x, labels * 10 ** 9 + 5, y, queries * 10 ** 9 + 5) == expected      # any integers from 0
+    pair = (diagnostics.knn_accuracy, diagnostics.nearest_mean_accuracy, diagnostics.linear_probe)
+    alone = (diagnostics.neighbor_purity, diagnostics.silhouette, diagnostics.fisher_ratio)
+    bad = [(x * 1e20, labels), (x[:, :0], labels), (x, labels - 1), (x, labels.float()), (x * math.nan, labels), (x[:0], labels[:0]), (x, labels[:-1]), (x[0], labels)]
+    calls = [lambda f=f, a=a: f(*a, y, queries) for f in pair for a in bad] + [lambda f=f, a=a: f(*a) for f in alone for a in bad]
+    calls += [lambda: diagnostics.knn_accuracy(x, labels, y[:, :1], queries), lambda: diagnostics.knn_accuracy(x, labels, y, queries, 0), lambda: diagnostics.neighbor_purity(x, labels, 0),
+              lambda: diagnostics.linear_probe(x, labels * 0, y, queries), lambda: diagnostics.silhouette(x, labels * 0)]
+    for i, call in enumerate(calls):
+        try:
+            call()
+        except ValueError:
+            continue
+        raise AssertionError(f"call {i} gave a value")
+
+
 def test_linear_probe_is_at_its_optimum():
     """The gradient of the regularised loss, by autograd at the solution, is 0, on standardised features, primal and dual alike."""
     g = torch.Generator().manual_seed(0)
@@ -1185,6 +1207,11 @@ def test_statistics_against_brute_force():
     assert abs(result["spearman"]["a"][0] - np.corrcoef(place(x), place(y))[0, 1]) < 1e-6
     assert abs(result["pearson"]["last - first"][0] - (result["pearson"]["b"][0] - result["pearson"]["a"][0])) < 1e-12
     assert diagnostics.correlations({"a": [1, 2, 3, 4]}, [1, 2, 3, 4], list("abcd")) is None
+    few = diagnostics.correlations({"a": x.tolist()}, y.tolist(), [i % 4 for i in range(12)])["pearson"]       # four settings: no interval
+    assert list(few) == ["a"] and few["a"][1:] == (None, None) and diagnostics.side(few["a"], -2.0) == 0 and "no interval" in diagnostics.span(few["a"])
+    spread = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(50, 4)        # all of the variance is between the repeats
+    value, low, high = diagnostics.bootstrap(spread, diagnostics.over_repeats())
+    assert value == 1.5 and low < 0.8 and high > 2.2
     noise = torch.rand(400, 60, generator=g)       # the best of 60 equal candidates is not flattered
     picked, choices = diagnostics.crossed(noise)
     assert abs(float(picked.mean()) - 0.5) < 0.05 and float(noise.mean(0).max()) > 0.525
@@ -1407,6 +1434,10 @@ def test_controls_hold_the_energy():
             assert energy(x @ U @ U.T @ M.T) >= energy(x[..., -1:] @ M.T[-1:]) * 0.999 and U[-1].abs().max() == 0
             fewer = U[:, :-1]
             assert U.shape[1] == 1 or energy(x @ fewer @ fewer.T @ M.T) < energy(x[..., -1:] @ M.T[-1:])      # and no more columns than needed
+    found = diagnostics.energies(x, parts, W)
+    for name, bases in parts.items():
+        for ratio, M in zip(found[name], (torch.eye(13), W)):
+            assert abs(ratio - np.mean([energy(x @ U @ U.T @ M.T) for U in bases]) / energy(x[..., -1:] @ M.T[-1:])) < 1e-3 * ratio, name
     assert parts["column of highest energy"][0].argmax() == 11 and parts["most constant column"][0].argmax() == 11
     v = parts["leading direction"][0][:, 0]
     assert v[-1] == 0 and energy(x @ v[:, None]) >= max(energy(x[..., j:j + 1]) for j in range(12)) - 1e-3
@@ -1453,7 +1484,7 @@ def test_content_on_planted_truths():
     ramp = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     facts = diagnostics.image_facts(torch.cat([ramp, ramp.mT]))
     assert abs(float(facts["mean red"][0])) < 1e-6 and float(facts["left - right"][0]) < -1 and abs(float(facts["top - bottom"][0])) < 1e-6
-    assert abs(float(facts["left - right"][0] - facts["top - bottom"][1])) < 1e-6 and abs(float(facts["cosine (0, 1)"][0] - facts["cosine (1, 0)"][1])) < 1e-6
+    assert abs(float(facts["left - right"][0] - facts["top - bottom"][1])) < 1e-6 and abs(float(facts["cosine, 0 down 1 across"][0] - facts["cosine, 1 down 0 across"][1])) < 1e-6
 
 
 def test_comparison_across_models():
@@ -1512,11 +1543,25 @@ def test_diagnostics_command():
         status, out, err = run(["--ckpt", "out.pt", "wt.pt", "--only", "clustering", "bias-route", "--repeats", "1", "--out", "both"])
         assert status == 0 and "too few" in out and "No setting has three seeds" in out and "w_task 0.01 minus 0" in out, err
         assert all(len(line) <= 100 for line in out.splitlines())
+        e = report["experiments"]
+        rows = [*diagnostics.flow_table(e["token-flow"]).split("\n")[:-2], *diagnostics.bias_table(e["bias-route"]).split("\n")[:-1], *diagnostics.clustering_table(e["clustering"]).split("\n"),
+                *(line for line in diagnostics.content_table(e["content"]).split("\n") if "from all facts" not in line and "total effect" not in line)]
+        assert max(map(len, rows)) <= 100, max(rows, key=len)      # no row of a table is folded
+        assert run(["--ckpt", "out.pt", "--only", "content", "--repeats", "1", "--out", "again"])[0] == 0
+        assert {p.name for p in Path("again").iterdir()} == {"report.json", "content.png", "summary.png"}       # nothing of the run before
         assert {p.name for p in Path("both").iterdir()} == {"out", "wt", "report.json", "models.png"} and not Path("both/out/content.png").exists()
         Path("broken.pt").write_text("no checkpoint")
+        shutil.copy("out.pt", "copy.pt")
+        content = train.read_checkpoint("out.pt")
+        content["model"]["reader.head.bias"][0] = math.nan
+        train.save_checkpoint("nan.pt", content)
+        Path("full/report.json").mkdir(parents=True)
+        assert run(["--ckpt", "nan.pt"])[::2] == (2, "diagnostics.py: error: nan.pt: a damaged checkpoint: its fits or predictions are not finite\n")
+        with replaced(diagnostics, "clustering", lambda *_: signal.raise_signal(signal.SIGINT)):
+            assert run(["--ckpt", "out.pt"])[::2] == (130, "diagnostics.py: interrupted\n")
         for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "out.pt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
                            (["--ckpt", "out.pt", "--out", "no/such"], "no/such"), (["--ckpt", "out.pt", "--dataset", "nowhere"], "nowhere"),
-                           (["--ckpt", "out.pt", "out.pt"], "twice"), (["--ckpt", "out.pt", "--only", "magic"], "magic")):
+                           (["--ckpt", "out.pt", "out.pt"], "twice"), (["--ckpt", "out.pt", "copy.pt"], "same run"), (["--ckpt", "out.pt", "--out", "full"], "report.json"), (["--ckpt", "out.pt", "--only", "magic"], "magic")):
             status, out, err = run(argv)
             assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
         # the reader's accuracy there is the evaluation's

@@ -1135,6 +1135,13 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: {str(error).splitlines()[0][:120]}") from error
 
 
+def touch(path: Path):
+    """OSError where a file cannot be written; changes nothing."""
+    there = path.exists()
+    open(path, "ab").close()
+    there or path.unlink()
+
+
 def check_output(args):
     """Before any work: can args.out be written, and would that destroy anything?"""
     out = Path(args.out)
@@ -1145,9 +1152,7 @@ def check_output(args):
         raise InputError(f"--out {out}: would overwrite --init-from; choose another")
     for path in (out, out.with_suffix(".json"), out.with_suffix(".png"), Path(f"{out}.tmp")):
         try:
-            there = path.exists()
-            open(path, "ab").close()                       # changes nothing in a file that is there
-            there or path.unlink()
+            touch(path)
         except OSError as error:
             raise InputError(f"--out {out}: {path} cannot be written ({error.strerror})") from error
     if fresh and out.exists():
