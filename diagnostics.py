@@ -1188,14 +1188,14 @@ def clustering_table(result: dict) -> str:
 
 
 def flow_table(result: dict) -> str:
-    lines = [f"{'':14s}{'mean over tokens':^31s}{'flattened':^22s}{'untrained':^15s}{'AUROC':>17s}",
-             f"{'stage':14s}" + "".join(f"{t:>8s}" for t in ("10-NN %", "probe %", "lens %")) + f"{'purity':>7s}"
+    lines = [f"{'':13s}{'mean over tokens':^31s}{'flattened':^22s}{'untrained':^15s}{'AUROC':>18s}",
+             f"{'stage':13s}" + "".join(f"{t:>8s}" for t in ("10-NN %", "probe %", "lens %")) + f"{'purity':>7s}"
              + "".join(f"{t:>{w}s}" for t, w in (("10-NN %", 8), ("probe %", 8), ("purity", 7), ("10-NN %", 8), ("purity", 7)))]
     for row in result["rows"]:
         cells = [percent(row.get(key)) if "purity" not in key else f"{row[key]:.3f}" if key in row else ""
                  for key in ("pooled_knn10", "pooled_probe", "logit_lens", "pooled_purity", "flattened_knn10", "flattened_probe", "flattened_purity", "untrained_pooled_knn10", "untrained_pooled_purity")]
         auc = f"{row['auroc'][0]:.2f} [{row['auroc'][1]:.2f}, {row['auroc'][2]:.2f}]" if row["auroc"] else ""
-        lines.append(f"{row['stage']:14s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 8, 8, 7, 8, 8, 7, 8, 7))) + f"{auc:>17s}")
+        lines.append(f"{row['stage']:13s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 8, 8, 7, 8, 8, 7, 8, 7))) + f"{auc:>18s}")
     lines.append(f"bank {result['bank']}, test {result['test']} images; lens: the head applied early; AUROC: does an image's purity (mean over tokens) tell whether it is read right")
     last = result["rows"][-1]
     lines.append(f"last stage, 10-NN with a bank of {result['half']}: training images {percent(last['seen_knn10'])}%, images never seen {percent(last['unseen_knn10'])}%")
