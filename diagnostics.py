@@ -1563,7 +1563,7 @@ def fitter(model: train.MWT):
     @torch.no_grad()
     def fit(images: Tensor, block: int = 0):
         pixels = model.draw(model.inner_loop.steps, len(images), train.generator("diagnostics", block, device=images.device))
-        few = max(1, (1 << 14) // points)
+        few = max(1, (train.EVAL_POINTS if images.is_cuda else 1 << 12) // points)     # on the CPU what the caches hold
         parts = [model.adapt(x, pixels=None if pixels is None else pixels[:, i * few:(i + 1) * few]) for i, x in enumerate(images.split(few))]
         return torch.cat([model.tokens(phi) for phi in parts]), torch.cat([(phi.first - model.siren.first) for phi in parts])
     return fit
