@@ -1706,8 +1706,8 @@ def models_table(result: dict) -> str:
     for p in result["points"]:
         cells = [f"{p['w_task']:g}", percent(p["reader"]), f"{p['purity']:.3f}" if "purity" in p else "", *(format(100 * p[key], "+.1f") if key in p else "" for key in ("gap", "late", "permuted", "margin"))]
         lines.append(f"{p['name'][:27]:28s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, (8, 9, 8, 7, 7, 10, 8))))
-    lines.append("gap: reader - best geometry; late: rise of 10-NN in the second half of the blocks - half of the rise; bias loss: bias column")
-    lines.append("permuted; margin: bias loss - the strongest control's; all in points of accuracy")
+    lines.append("gap: reader - best geometry; late: rise of 10-NN in the second half of the blocks - half of the rise; bias loss: bias column "
+                 "permuted; margin: bias loss - the strongest control's; all in points of accuracy")
     for pair in result["pairs"]:
         lines.append(f"purity of phi - theta, w_task {pair['w_task']:g} minus 0, same seeds: {pair['mean']:+.4f}" + (f" [{pair['interval'][1]:+.4f}, {pair['interval'][2]:+.4f}], n = {pair['n']}" if pair["interval"] else " (one seed)"))
     for key, c in result["correlations"].items():
