@@ -109,8 +109,9 @@ class Nearest:
             limit = torch.minimum(limit, (d + slack).topk(self.k, largest=False).values[:, -1:].double())
         rows, columns = ((d - slack <= limit) & (d < math.inf)).nonzero(as_tuple=True)
         if len(rows):
-            exact = torch.cat([squared_length(self.raw[r].sub_(block[c]))
-                               for r, c in zip(*(z.split(max(1, BLOCK_BYTES // (128 * x.shape[1]))) for z in (rows, columns)))])
+            exact = torch.empty(len(rows), dtype=torch.float64, device=d.device)       # made first: results between the temporaries would pin the heap
+            for r, c, result in zip(*(z.split(max(1, BLOCK_BYTES // (128 * x.shape[1]))) for z in (rows, columns, exact))):
+                result.copy_(squared_length(self.raw[r].sub_(block[c])))
             counts = torch.bincount(rows, minlength=len(d))
             place = self.k + torch.arange(len(rows), device=d.device) - (counts.cumsum(0) - counts)[rows]
             shape = len(d), self.k + int(counts.max())
@@ -485,7 +486,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     sizes, of_class = torch.bincount(bank.labels, minlength=classes), torch.bincount(labels, minlength=classes)
     sample = next(iter(queries.blocks(0, 1)))
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
-    work, groups, room = max(1 << 28, MEMORY - bank.bytes - queries.bytes - (1 << 29)), [], 0           # the half GiB: a block's states
+    work, groups, room = max(1 << 29, MEMORY - bank.bytes - queries.bytes - (1 << 29)), [], 0           # the half GiB: a block's states
     for name, size in bytes_each.items():
         size *= max(2 * q, len(reference or ()))           # the queries twice: as they are, and centred
         if not groups or room < size:
