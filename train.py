@@ -944,7 +944,7 @@ def bench(args):
             report["imagenet"] = [{"devices": n, "hours": training_hours(1_281_167, args.epochs, step, image, n, args.workers),
                                    "limit": "decoding" if image / max(1, args.workers) > step else "step"} for n in (1, 8, 64)]
             print(f"{head}\n{row('fast', fast)}\ndecoding a 500x375 JPEG: {1000 * image:.1f} ms, {args.workers} workers a device\n"
-                  f"ImageNet-1K, {args.epochs} epochs, if {LAUNCH} scaled without loss:")
+                  f"ImageNet-1K, {args.epochs} epochs, if more devices cost nothing in between (an extrapolation of one measured step):")
             for r in report["imagenet"]:
                 print(f"{r['devices']:4d} devices: {r['hours']:.3g} h ({60 * r['hours'] / args.epochs:.3g} min an epoch; the paper's 306), {r['hours'] * r['devices']:.4g} device-hours; limited by the {r['limit']}")
         else:
