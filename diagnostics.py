@@ -70,8 +70,8 @@ def check_pair(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tenso
 
 
 def squared_length(x: Tensor) -> Tensor:
-    """Of each row, (n, d) -> (n,) float64, without a copy of x."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
+    """Of each row, (n, d) -> (n,) float64, without a float64 copy of x."""
+    return torch.cat([rows.double().square().sum(1) for rows in x.split(max(1, (1 << 22) // x.shape[1]))])
 
 
 def column_means(x: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
     only their inner products count, and the rows of the Gram matrix's Cholesky factor give the same regression."""
     n, d = bank.shape
     mean, scale = moments(bank)
-    blocks = torch.arange(d, device=bank.device).split(2048)
+    blocks = torch.arange(d, device=bank.device).split(512)
 
     def standard(columns):
         return ((bank[:, columns].double() - mean[columns]) * scale[columns]).to(bank.dtype)
@@ -360,11 +360,17 @@ def t_interval(values) -> tuple[float, float, float] | None:
     n = len(values)
     if n < 2:
         return None
-    x = np.linspace(0, 13, 400_001)                                                    # 12.7 is the quantile for n = 2
-    density = np.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt((n - 1) * math.pi) * (1 + x ** 2 / (n - 1)) ** (-n / 2)
-    area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * (x[1] - x[0]))])
-    half = float(np.interp(0.475, area, x)) * values.std(ddof=1) / math.sqrt(n)
+    half = t_quantile(n - 1) * values.std(ddof=1) / math.sqrt(n)
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+@functools.lru_cache
+def t_quantile(freedom: int) -> float:
+    """97.5% quantile of Student's t with so many degrees of freedom, by the integral of its density."""
+    x, n = np.linspace(0, 13, 400_001), freedom + 1                                    # 12.7 is the largest
+    density = math.exp(math.lgamma(n / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi) * (1 + x ** 2 / freedom) ** (-n / 2)
+    area = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2 * (x[1] - x[0]))])
+    return float(np.interp(0.475, area, x))
 
 
 def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, draws: int = 2000) -> dict | None:
@@ -658,11 +664,14 @@ class Flow:
         return self.states
 
 
-def stage_names(stages: int) -> list[str]:
-    return ["input tokens", "input map"] + [f"{kind} {b + 1}" for b in range((stages - 1) // 2) for kind in ("attention", "MLP")][:stages - 2]
+def stage_names(states: list[Tensor]) -> list[str]:
+    """Of the input tokens and the reader's states; those of fewer tokens are its queries."""
+    gathered = sum(x.shape[1] != states[0].shape[1] for x in states)
+    names = [f"{kind} {b + 1}" for b in range((len(states) - gathered) // 2) for kind in ("attention", "MLP")]
+    return ["input tokens", "input map", *names[:len(states) - gathered - 2], *[f"{kind} {b + 1}" for b in range(gathered // 2) for kind in ("gather", "queries")]]
 
 
-def token_flow(read, untrained, bank: Fits, queries: Fits, reference: Fits | None = None, head=None, seed: int = 0) -> dict:
+def token_flow(read, untrained, bank: Fits, queries: Fits, reference: Fits | None = None, head=None, seed: int = 0, flattened: bool = True) -> dict:
     """Where in the reader classes come apart: measures of its residual stream, stage by stage, as the mean over tokens and, where
     it fits into memory, flattened.
 
@@ -670,11 +679,10 @@ def token_flow(read, untrained, bank: Fits, queries: Fits, reference: Fits | Non
     (half of the queries, the other half against it), beside as many of its training images. head: applied early to the mean
     over tokens it is the logit lens (nostalgebraist 2020).
     """
-    sample = next(iter(queries.blocks(0, 1)))
-    count = len(Flow(read)(sample))
-    names, labels = stage_names(count), queries.labels.cpu()
-    flat_bytes = 4 * len(queries) * sum(x[0].numel() for x in Flow(read)(sample))
-    views = {"pooled": lambda x: x.mean(1)} | ({"flattened": lambda x: x.flatten(1)} if flat_bytes <= MEMORY // 2 else {})
+    sample = Flow(read)(next(iter(queries.blocks(0, 1))))
+    count, names, labels = len(sample), stage_names(sample), queries.labels.cpu()
+    fits = 4 * len(queries) * sum(x[0].numel() for x in sample) <= MEMORY // 2
+    views = {"pooled": lambda x: x.mean(1)} | ({"flattened": lambda x: x.flatten(1)} if flattened and fits else {})
 
     def stages(read, views):
         flow = Flow(read)
@@ -777,7 +785,7 @@ def knock_outs(reader, tokens: Tensor, labels: Tensor, reference: Tensor, seed: 
             x = states[b]                                  # what comes before is as it was
             for at in range(b, len(blocks)):
                 x = x + swapped.get(at, blocks[at])(x)
-            right[i, rows] = (reader.head(x.mean(1)).argmax(1) == labels[rows]).double().cpu()
+            right[i, rows] = (reader.conclude(x, tokens[rows])[0].argmax(1) == labels[rows]).double().cpu()
     return [{"replaced": name, "block": b // 2 + 1, "span": span, "loss": paired_bootstrap(right[-1], right[i], seed)} for i, (name, b, span, _) in enumerate(runs)]
 
 
@@ -1079,7 +1087,8 @@ def content(read, fit, test: Block, reference: Block, parts: dict[str, list[Tens
 
 # ---- Across models -------------------------------------------------------------------------------------------------------
 
-ARCHITECTURE = ("dataset", "size", "train_size", "test_size", "val", "width", "depth", "omega", "steps", "shared_lr", "fraction", "reader_depth", "head_dim", "mlp_ratio", "token_scale")
+ARCHITECTURE = ("dataset", "size", "train_size", "test_size", "val", "width", "depth", "omega", "steps", "shared_lr", "fraction", "reader_depth", "head_dim", "mlp_ratio", "token_scale",
+                "readout", "branch", "centre_colour")
 
 
 def points(models: list[dict]) -> list[dict]:
@@ -1087,7 +1096,7 @@ def points(models: list[dict]) -> list[dict]:
     found = []
     for model in models:
         flags, e = model["training"] | {"init_from": bool(model["training"]["init_from"])}, model["experiments"]       # not the path: each seed has its own
-        point = {"name": model["name"], "seed": flags["seed"], "w_task": flags["w_task"], "reader": model["reader"],
+        point = {"name": model["name"], "label": model.get("lane") or f"w_task {flags['w_task']:g}", "seed": flags["seed"], "w_task": flags["w_task"], "reader": model["reader"],
                  "architecture": json.dumps({key: flags[key] for key in ARCHITECTURE}),
                  "setting": json.dumps({key: value for key, value in flags.items() if key != "seed" and key not in train.FREE}),
                  "apart_from_w_task": json.dumps({key: value for key, value in flags.items() if key != "w_task" and key not in train.FREE})}
@@ -1125,7 +1134,7 @@ def across(found: list[dict], seed: int = 0) -> dict:
     for setting in dict.fromkeys(settings):
         same = [p for p in one if p["setting"] == setting]
         if len({p["seed"] for p in same}) >= 3:
-            result["seeds"].append({"models": [p["name"] for p in same], "w_task": same[0]["w_task"], "n": len(same), "reader": t_interval([p["reader"] for p in same])}
+            result["seeds"].append({"models": [p["name"] for p in same], "label": same[0]["label"], "w_task": same[0]["w_task"], "n": len(same), "reader": t_interval([p["reader"] for p in same])}
                                    | {key: t_interval([p[key] for p in same]) for key in ("gap", "late", "rise", "margin", "purity") if all(key in p for p in same)})
     for w_task in sorted({p["w_task"] for p in one} - {0}):
         pairs = [(a["purity"], b["purity"]) for a in one for b in one
@@ -1141,18 +1150,18 @@ def across(found: list[dict], seed: int = 0) -> dict:
             gap, low = side(s["gap"], 0.02), side(rho, 0.5)
             whole = all(p.get("whole_bank") for p in one if p["name"] in s["models"])
             verdict = "refuted" if gap < 0 or low > 0 else "supported" if gap > 0 and low < 0 and whole else "not decided here"
-            result["verdicts"].append(f"C1, w_task {s['w_task']:g}: {verdict}. Reader - best geometry {span(s['gap'], 100)} points over {s['n']} seeds (rule: > 2); "
+            result["verdicts"].append(f"C1, {s['label']}: {verdict}. Reader - best geometry {span(s['gap'], 100)} points over {s['n']} seeds (rule: > 2); "
                                       + (f"Spearman's rho(purity of phi - theta, accuracy) {span(rho, 1, 2)} over {len(one)} models (rule: < 0.5)" if rho else few))
         if "late" in s:
             rho = (result["correlations"].get("stage purity") or {}).get("spearman", {}).get("last - first") if "purity" in one[0] else None
             late, more = side(s["late"], 0) if side(s["rise"], 0) > 0 else 0, side(rho, 0)
             verdict = "refuted" if late < 0 or more < 0 else "supported" if late > 0 and more > 0 else "not decided here"
-            result["verdicts"].append(f"C2, w_task {s['w_task']:g}: {verdict}. Rise of 10-NN in the second half of the blocks - half of the rise {span(s['late'], 100)} points over {s['n']} seeds "
+            result["verdicts"].append(f"C2, {s['label']}: {verdict}. Rise of 10-NN in the second half of the blocks - half of the rise {span(s['late'], 100)} points over {s['n']} seeds "
                                       f"(rule: > 0); " + (f"rho(purity at the last stage) - rho(purity of phi - theta) {span(rho, 1, 2)} (rule: > 0)" if rho else few))
         if "margin" in s:
             margin = s["margin"]
             verdict = "supported" if side(margin, 0.02) > 0 else "refuted" if side(margin, 0) < 0 else "not decided here"
-            result["verdicts"].append(f"C3, w_task {s['w_task']:g}: {verdict}. Loss with the bias column permuted - largest control {span(margin, 100)} points over {s['n']} seeds (rule: > 2, refuted < 0)")
+            result["verdicts"].append(f"C3, {s['label']}: {verdict}. Loss with the bias column permuted - largest control {span(margin, 100)} points over {s['n']} seeds (rule: > 2, refuted < 0)")
     if not result["seeds"]:
         result["verdicts"].append("No setting has three seeds: nothing is said about the method, only about each checkpoint.")
     return result
@@ -1327,7 +1336,7 @@ def bars(axis, names: list[str], intervals: list, styles: list | None = None):
 
 
 def stage_axis(axis, stages: list[str]):
-    axis.set_xticks(range(len(stages)), [s.replace("attention ", "A").replace("MLP ", "M").replace(" tokens", "").replace("input map", "map") for s in stages], fontsize=8, rotation=0 if len(stages) < 12 else 60)
+    axis.set_xticks(range(len(stages)), [s.replace("attention ", "A").replace("MLP ", "M").replace("gather ", "G").replace("queries ", "Q").replace(" tokens", "").replace("input map", "map") for s in stages], fontsize=8, rotation=0 if len(stages) < 12 else 60)
     axis.grid(alpha=0.3)
 
 
@@ -1513,14 +1522,14 @@ def models_figure(path: Path, result: dict):
     most = max([p["architecture"] for p in found], key=[p["architecture"] for p in found].count)
     stages = [(key, label, result["correlations"][key]) for key, label in (("stage purity", "purity"), ("stage knn10", "10-NN accuracy")) if result["correlations"].get(key)]
     figure, (left, *right) = canvas(1, 1 + bool(stages), 6 + 6 * bool(stages), 4.8)
-    weights = sorted({p["w_task"] for p in found})
-    for weight, marker in zip(weights, itertools.cycle("os^dvP*X")):
-        mine = [p for p in found if p["w_task"] == weight and "purity" in p]
-        left.scatter([p["purity"] for p in mine], [100 * p["reader"] for p in mine], marker=marker, label=f"w_task {weight:g}",
-                     facecolors=[f"C{weights.index(weight)}" if p["architecture"] == most else "none" for p in mine], edgecolors=f"C{weights.index(weight)}")
+    labels = list(dict.fromkeys(p["label"] for p in found))
+    for label, marker in zip(labels, itertools.cycle("os^dvP*X<>")):
+        mine = [p for p in found if p["label"] == label and "purity" in p]
+        left.scatter([p["purity"] for p in mine], [100 * p["reader"] for p in mine], marker=marker, label=label,
+                     facecolors=[f"C{labels.index(label) % 10}" if p["architecture"] == most else "none" for p in mine], edgecolors=f"C{labels.index(label) % 10}")
     left.set_xlabel("neighbour purity of phi - theta")
     left.set_ylabel("reader accuracy (%)")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8 if len(labels) < 8 else 6, ncols=1 + len(labels) // 12)
     left.grid(alpha=0.3)
     c = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
     left.set_title("Models (hollow: another architecture)\n" + (f"Spearman's rho {span(c, 1, 2)}" if c else "too few for a correlation"), fontsize=10)
@@ -1570,6 +1579,17 @@ def fitter(model: train.MWT):
     return fit
 
 
+def bank_and_queries(fit, data: train.Images, test: train.Images, device, workers: int) -> tuple[Fits, Fits]:
+    """Both fitted, and kept as far as memory goes."""
+    queries = Fits(fit, test, MEMORY, device, workers)
+    for _ in queries.blocks():                             # the test images are looked at most often, so they are kept first
+        pass
+    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 27)), device, workers)
+    for _ in bank.blocks():
+        pass
+    return bank, queries
+
+
 def looked_at(args, flags):
     """The settings of the data to look at: the run's, unless --dataset names others, which are taken whole."""
     other = {"dataset": flags.dataset, "train_size": None, "test_size": None, "val": 0.0} if flags.dataset not in (None, args.dataset) else {}
@@ -1589,12 +1609,7 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     if min(len(data), len(test)) < 24 or len(test.labels.unique()) < 2 or len(data.labels.unique()) < 2:
         raise train.InputError(f"{path}: {len(data)} bank and {len(test)} test images: 10 neighbours of half of them need at least 24 of each, of two classes")
     fit, read = fitter(model), model.read
-    queries = Fits(fit, test, MEMORY, device, args.workers)
-    for _ in queries.blocks():                             # the test images are looked at most often, so they are kept first
-        pass
-    bank = Fits(fit, data, max(0, MEMORY - queries.bytes - (1 << 27)), device, args.workers)
-    for _ in bank.blocks():
-        pass
+    bank, queries = bank_and_queries(fit, data, test, device, args.workers)
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
     if not reference.bytes and reference.data is not None:
         reference.keep = 1 << 30

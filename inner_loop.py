@@ -38,9 +38,11 @@ class MetaSGD(nn.Module):
         super().__init__()
         self.steps, self.shared = steps, shared
         self.recompute = False     # True: the backward pass computes each step again, and keeps only its phi in between
-        for name, weight in siren.anchor()._asdict().items():
-            alpha = torch.empty(1 if shared else steps, *weight.shape, dtype=weight.dtype).uniform_(0.1, 1)
-            self.register_parameter(name, nn.Parameter(alpha))
+        anchor = siren.anchor()
+        # Drawn step by step, so that more steps start from the same step sizes plus more.
+        drawn = [[torch.empty(w.shape, dtype=w.dtype).uniform_(0.1, 1) for w in anchor] for _ in range(1 if shared else steps)]
+        for name, alpha in zip(anchor._fields, zip(*drawn)):
+            self.register_parameter(name, nn.Parameter(torch.stack(alpha)))
 
     def forward(self, siren, coords: Tensor, values: Tensor, steps: int | None = None, fraction: float = 1.0):
         """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at coords (P, in).

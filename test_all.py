@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 import diagnostics
+import interventions
 import train
 from inner_loop import MetaSGD, draw_pixels, functional_loss_and_grad, take_pixels, textbook_loss_and_grad
 from reader import Attention, Reader
@@ -278,6 +279,86 @@ def test_reader_input_and_flow():
         assert apart([normed(tokens)], [normed.head(normed.embed(x).mean(1))]) <= 1e-12
 
 
+def test_readout_and_branches_by_hand():
+    with float64():
+        torch.manual_seed(0)
+        tokens, colour = torch.randn(3, 10, 7), torch.rand(3, 3)
+        reader = Reader(10, 6, 4, depth=1, head_dim=3, readout=2)
+        logits, states = reader(tokens, flow=True)
+        assert [x.shape[1] for x in states] == [10, 10, 10, 2, 2, 2, 2] and torch.equal(logits, reader(tokens))
+        z, x = reader.queries.expand(3, 2, 6), states[2]
+        for attention, mlp in zip(reader.gather[::2], reader.gather[1::2]):
+            z = z + attention(torch.cat([z, x], 1))[:, :2]                     # all ask, and only the queries' answers are used
+            z = z + mlp(z)
+        assert apart([logits], [reader.head((z[:, 0] + z[:, 1]) / 2)]) <= 1e-12
+        swapped = reader(tokens[:, torch.randperm(10)])
+        assert apart([swapped], [logits]) <= 1e-12                             # beta is 0: the queries have no order to go by
+        plain = Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0)
+        for branch, features, scale in (("bias", tokens[..., 6], 50), ("column:2", tokens[..., 2], 50), ("colour", colour, 1)):
+            reader = Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0, branch=branch)
+            reader.load_state_dict(plain.state_dict(), strict=False)
+            assert torch.equal(reader(tokens, colour=colour), plain(tokens))   # the branch is silent at first
+            torch.nn.init.normal_(reader.branch.down.weight)
+            b = reader.branch
+            expected = plain(tokens) + F.gelu(scale * features @ b.up.weight.T + b.up.bias) @ b.down.weight.T + b.down.bias
+            assert apart([reader(tokens, colour=colour)], [expected]) <= 1e-12
+            assert branch != "colour" or torch.equal(reader(tokens), plain(tokens))
+
+
+def test_centred_colour():
+    """Another mean colour changes neither the weights nor the error; it reaches the logits through the colour branch alone."""
+    with float64():
+        model = tiny_model(centre_colour=True, branch="colour")
+        torch.nn.init.normal_(model.reader.branch.down.weight)
+        images, labels = batch()
+        shift = torch.tensor([0.1, -0.2, 0.3])
+        other = images + shift[:, None, None]
+        assert apart([model.fit(other)], [model.fit(images)]) <= 1e-10 and apart([tiny_model().fit(other)], [tiny_model().fit(images)]) > 1e-2
+        centred = images - images.mean((2, 3), keepdim=True)
+        assert apart([model.fit(images)], [tiny_model().fit(centred)]) <= 1e-12
+        a, b = (model.reconstruct(*model.look(x)) for x in (images, other))
+        assert apart([a[1]], [b[1]]) <= 1e-10
+        assert apart([model.colour(model.look(other)[1])], [model.colour(model.look(images)[1]) + shift]) <= 1e-12
+        pixels = draw_pixels(4, 5, 36, 0.5)
+        coords, values = model.look(images, pixels)
+        drawn = torch.stack([images.flatten(2)[n][:, pixels[:, n].flatten()].mean(1) for n in range(5)])
+        assert apart([model.colour(values)], [drawn]) <= 1e-12
+        # the clamp is to what a pixel can be, not to what a centred one can be
+        phi, error = model.reconstruct(*model.look(images), clamp=True)
+        prediction = model.siren(model.coords, phi) + images.mean((2, 3))[:, None]
+        assert apart([error], [(prediction.clamp(-1, 1) - images.flatten(2).mT).square().mean((1, 2))]) <= 1e-12
+
+
+def test_contrastive_loss_against_the_equation():
+    with float64():
+        g = torch.Generator().manual_seed(0)
+        x, labels, t = torch.randn(7, 5, generator=g), torch.tensor([0, 0, 1, 1, 1, 2, 0]), 0.1            # the 2 is alone
+        z = [row / row.norm() for row in x]
+        terms = []
+        for i in range(7):
+            P = [p for p in range(7) if p != i and labels[p] == labels[i]]
+            total = sum(math.exp(float(z[i] @ z[a]) / t) for a in range(7) if a != i)
+            if P:
+                terms.append(-sum(math.log(math.exp(float(z[i] @ z[p]) / t) / total) for p in P) / len(P))
+        assert len(terms) == 6 and abs(float(train.supervised_contrastive(x, labels)) - sum(terms) / 6) <= 1e-12
+        assert abs(float(train.supervised_contrastive(3 * x, labels)) - sum(terms) / 6) <= 1e-12
+        assert float(train.supervised_contrastive(x, torch.arange(7))) == 0
+        # it drives theta and alpha, and leaves the reader's gradient alone
+        images, _ = batch()
+        labels = torch.tensor([0, 0, 1, 1, 2])
+        with_, without = tiny_model(w_cluster=0.3), tiny_model()
+        for model in (with_, without):
+            model(*model.look(images), labels)[:3].sum().backward()
+        ours = [p.grad - q.grad for m in ("siren", "inner_loop") for p, q in zip(getattr(with_, m).parameters(), getattr(without, m).parameters())]
+        alone = tiny_model()
+        phi = alone.adapt(images)
+        rows = torch.cat([(phi.first - alone.siren.first).flatten(1), (phi.hidden - alone.siren.hidden).flatten(1)], 1)
+        (0.3 * train.supervised_contrastive(rows, labels)).backward()
+        expected = [torch.zeros_like(p) if p.grad is None else p.grad for m in (alone.siren, alone.inner_loop) for p in m.parameters()]
+        assert apart(ours, expected) <= 1e-9
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(with_.reader.parameters(), without.reader.parameters()))
+
+
 def test_logits_do_not_depend_on_the_batch_and_order_enters_by_beta():
     with float64():
         model = tiny_model()
@@ -424,13 +505,14 @@ def test_without_a_compiler_the_run_goes_on():
 def test_counted_flops_against_torch():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    for more in ({}, {"fraction": 0.5}, {"depth": 1, "steps": 1, "mlp_ratio": 2, "width": 12}):
+    for more in ({}, {"fraction": 0.5}, {"depth": 1, "steps": 1, "mlp_ratio": 2, "width": 12}, {"readout": 3, "mlp_ratio": 2}, {"branch": "column:2"}, {"branch": "colour"}, {"w_cluster": 1.0}):
         model = tiny_model(**more)
         images, labels = batch()
         seen = model.look(images, model.draw(model.inner_loop.steps + 1, 5, torch.Generator()))
         for backward in (True, False):
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
-                loss = model(*seen, labels)[:2].sum()
+                model.w_cluster = model.w_cluster if backward else 0.0
+                loss = model(*seen, labels)[:3].sum()
                 if backward:
                     loss.backward()
             assert counter.get_total_flops() == sum(train.count_flops(model, 5, backward).values()), (more, backward)
@@ -725,8 +807,13 @@ def test_command_line_gives_the_same_settings():
 
 
 def test_same_core_whatever_the_reader():
-    one, other = tiny_model(), tiny_model(reader_depth=3, w_task=0.0)
-    assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+    one = tiny_model()
+    for more in (dict(reader_depth=3, w_task=0.0), dict(readout=2), dict(branch="bias"), dict(branch="column:3"), dict(centre_colour=True, branch="colour"), dict(w_cluster=1.0)):
+        other = tiny_model(**more)
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+    denser = tiny_model(steps=7)                                               # the same first step sizes
+    for name, v in one.state_dict().items():
+        assert torch.equal(v, denser.state_dict()[name][:3] if name.startswith("inner_loop") else denser.state_dict()[name])
     assert not torch.equal(one.siren.first, tiny_model(seed=1).siren.first)
 
 
@@ -960,6 +1047,7 @@ def test_bad_values():
                            ("--out out.txt", ".pt"), ("--no-such-flag", "--no-such-flag"), ("--steps-test 9", "--shared-lr"), ("--fraction 0.001", "pixel"),
                            ("--dataset no/such/folder", "no/such/folder"), ("--eval-only", "--ckpt"), ("--resume", "out.pt"), ("--init-from gone.pt", "gone.pt"),
                            ("--eval-only --ckpt gone.pt", "gone.pt"), ("--dataset", "--dataset"), ("--ckpt out.pt", "--eval-only"),
+                           ("--branch column:64", "column"), ("--branch column:-1", "--branch"), ("--branch weight", "--branch"), ("--w-cluster -1", "--w-cluster"), ("--readout -1", "--readout"),
                            ("--device meta", "--device"), ("--width 99999999999999999999 --head-dim 1", "--width"), ("--steps ²", "--steps")]:
             refused(argv.split(), word)
         refused(["--out", ""], "--out")
@@ -1497,7 +1585,7 @@ def test_comparison_across_models():
                 strength = i / n + 0.02 * float(torch.randn(1, generator=g))
                 reader = 0.5 + 0.1 * strength
                 purity = strength if link else float(torch.rand(1, generator=g))
-                found.append(dict(name=f"{i}-{seed}", seed=seed, w_task=float(i), reader=reader, architecture="one", setting=str(i), apart_from_w_task=str(seed), purity=purity,
+                found.append(dict(name=f"{i}-{seed}", label=f"w_task {i}", seed=seed, w_task=float(i), reader=reader, architecture="one", setting=str(i), apart_from_w_task=str(seed), purity=purity,
                                   whole_bank=True, gap=gap + 0.001 * seed, late=late + 0.001 * seed, rise=0.2 + 0.001 * seed, margin=margin + 0.001 * seed,
                                   permuted=0.1, stages={"input tokens": (0.1 * float(torch.rand(1, generator=g)), 0.3), "MLP 1": (strength, strength)}))
         return found
@@ -1571,6 +1659,168 @@ def test_diagnostics_command():
         block = diagnostics.Fits(diagnostics.fitter(model), test).whole()
         assert float((model.read(block.tokens).argmax(1) == test.labels).double().mean()) == train.evaluate(model, test)["test_accuracy"]
         assert apart([block.tokens], [model.fit(test.signal(test.pixels))]) < 1e-6
+
+
+# ---- interventions.py --------------------------------------------------------------------------------------------------
+
+def sweep(argv) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            interventions.main([str(a) for a in argv])
+            return 0, out.getvalue(), err.getvalue()
+        except SystemExit as error:
+            return error.code, out.getvalue(), err.getvalue()
+
+
+def test_factorial_on_planted_accuracies():
+    """Additive and sub-additive cells give their effects; intervals over seeds cover the truth in about 95% of repeats."""
+    cells = np.array(interventions.CELLS, dtype=float)
+    a, b, c = cells.T
+    planted = 0.5 + 0.04 * a + 0.02 * b + 0.01 * c - 0.03 * a * b + 0.02 * a * b * c
+    exact = interventions.factorial(np.repeat(planted[:, None], 2, 1))
+    by_hand = {"route": 0.04 - 0.03 / 2 + 0.02 / 4, "bias": 0.02 - 0.03 / 2 + 0.02 / 4, "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2,
+               "route x dense": 0.02 / 2, "bias x dense": 0.02 / 2, "route x bias x dense": 0.02}
+    assert {k: round(v[0], 12) for k, v in exact.items()} == {k: round(v, 12) for k, v in by_hand.items()}
+    assert all(v[1] is None for v in interventions.factorial(planted[:, None]).values())
+    rng, repeats = np.random.default_rng(0), 400
+    covered = dict.fromkeys(by_hand, 0)
+    for _ in range(repeats):
+        y = planted[:, None] + 0.02 * rng.standard_normal(3) + 0.01 * rng.standard_normal((8, 3))          # seeds shift all lanes together
+        for name, (value, low, high) in interventions.factorial(y).items():
+            covered[name] += low <= by_hand[name] <= high
+    assert all(0.92 <= k / repeats <= 0.98 for k in covered.values()), covered
+    # over images, one seed: eight correlated predictions of each image
+    for truth in (0.0, -0.05):
+        hit = 0
+        for repeat in range(100):
+            level = 0.5 + 0.05 * a + truth * a * b
+            right = torch.from_numpy((0.5 * rng.random((500, 1)) + 0.5 * rng.random((500, 8)) < level).astype(float))
+            mean = np.array([np.mean(np.where(level[i] < 0.5, 2 * level[i] ** 2, 1 - 2 * (1 - level[i]) ** 2)) for i in range(8)])         # of the triangular sum
+            value, low, high = interventions.factorial_over_images(right)["route x bias"]
+            hit += low <= float(interventions.contrast((0, 1)) @ mean) <= high
+        assert 88 <= hit <= 100, (truth, hit)
+    assert abs(interventions.log_odds(0.75, 10 ** 9) - math.log(3)) < 1e-6 and np.isfinite(interventions.log_odds(1.0, 10))
+
+
+def test_report_of_planted_runs():
+    """Verdicts by DESIGN's rules: three seeds, a gain over the capacity control, and one that is not there."""
+    def result(lane, seed, accuracy, n=1000):
+        g = torch.Generator().manual_seed(seed)
+        right = torch.zeros(n, dtype=torch.int)
+        right[torch.randperm(n, generator=g)[:round(accuracy * n)]] = 1
+        return {"lane": lane, "seed": seed, "reader": float(right.double().mean()), "right": "".join(map(str, right.tolist())), "psnr": 30.0, "purity": 0.3, "last_knn10": 0.5, "lost": 0.1,
+                "parameters": 1, "gflop_per_image": 1.0, "seconds": 1.0}
+    gains = {"baseline": 0.0, "deeper": 0.01, "route": 0.05, "bias": 0.01, "dense": 0.0, "route+bias": 0.02, "route+dense": 0.05, "bias+dense": 0.01, "route+bias+dense": 0.02}
+    jitter = lambda lane, seed: 0.001 * ((hash((len(lane), seed)) % 5) - 2)
+    with replaced(diagnostics, "across", lambda points: {"verdicts": [], "correlations": {}, "models": 0, "points": []}), replaced(diagnostics, "points", lambda models: models):
+        for seeds in (3, 1):
+            found = {lane: [result(lane, seed, 0.5 + gain + 0.01 * seed + jitter(lane, seed)) for seed in range(seeds)] for lane, gain in gains.items()}
+            lines = [line for line in interventions.claims(interventions.summarise(found)) if line.startswith("C4")]
+            by = {line.split(":")[0]: line for line in lines}
+            if seeds == 3:
+                assert "supported" in by["C4, route"] and "refuted" in by["C4, dense"] and "not decided" in by["C4, bias"], lines
+                assert "not additive: route x bias" in by["C4, adding up"], lines
+            else:
+                assert all("not decided" in line for name, line in by.items() if name != "C4, adding up") and "one seed" in by["C4, route"], lines
+    assert interventions.difference({"a": [result("a", 0, 0.5)], "b": [result("b", 1, 0.5)]}, "a", "b") is None
+
+
+SWEEP = [*TINY, "--epochs", "1", "--seeds", "1", "--out", "sweep"]
+
+
+def test_sweep_command():
+    """A small sweep: its report is complete, every lane's printed command gives the same weights, what is finished is not trained again."""
+    lanes = ["column", "column-random", "cluster1", "colour", "route+bias+dense", "deeper", "wt"]
+    with folder() as here:
+        status, out, err = sweep([*SWEEP, "--lanes", *lanes, "--jobs", "2"])
+        assert status == 0, (out, err)
+        report = json.loads((here / "sweep" / "report.json").read_text())
+        assert {row["lane"] for row in report["lanes"]} == {"baseline", "baseline64", *lanes} and not report["missing"] and not report["failed"]
+        text = (here / "sweep" / "report.md").read_text()
+        assert all(f"\n| {lane} " in text for lane in lanes) and all(len(line) <= 100 for line in out.splitlines() if not line.startswith("wrote"))
+        assert {p.name for p in (here / "sweep").glob("*.png")} == {"lanes.png", "clusters.png", "population.png"}         # no factorial: lanes are missing
+        rows = {row["lane"]: row for row in report["lanes"]}
+        assert rows["deeper"]["parameters"] >= max(rows[lane]["parameters"] for lane in ("colour", "column")) and rows["wt"]["parameters"] == rows["baseline"]["parameters"]
+        settings = {run["lane"]: train.read_checkpoint(shlex.split(run["command"])[-1].removeprefix("--out="))["args"] for run in report["runs"]}
+        assert settings["cluster1"]["batch_size"] == 64 and settings["route+bias+dense"]["steps"] == 6 and settings["route+bias+dense"]["branch"] == "bias"
+        found = json.loads(next((here / "sweep" / "runs").glob("baseline-*.diagnosis.json")).read_text())
+        assert settings["column"]["branch"] == f"column:{found['highest_column']}" and 0 <= found["highest_column"] < 8
+        assert found["accuracy"] == found["reader"] == found["right"].count("1") / 40
+        for run in report["runs"]:
+            if run["lane"] in ("column", "cluster1", "colour", "route+bias+dense"):
+                threads, *words = shlex.split(run["command"])
+                path = words[-1].removeprefix("--out=")
+                assert threads.startswith("OMP_NUM_THREADS=") and words[:2] == ["python", "train.py"]
+                again = subprocess.run([sys.executable, HERE / "train.py", *words[2:-1], "--out=alone.pt"], env=os.environ | dict([threads.split("=")]), capture_output=True, text=True)
+                assert again.returncode == 0, again.stderr
+                a, b = (train.read_checkpoint(p)["model"] for p in (path, "alone.pt"))
+                assert all(torch.equal(v, b[k]) for k, v in a.items()), run["lane"]
+        before = {p: p.stat().st_mtime_ns for p in (here / "sweep" / "runs").glob("*.pt")}
+        shutil.copytree(here / "sweep", here / "copy")
+        (here / "sweep" / "report.md").unlink()
+        status, again, err = sweep(["--report-only", "--out", "sweep"])
+        assert status == 0 and (here / "sweep" / "report.md").exists() and out.endswith(again), err
+        assert sweep([*SWEEP, "--lanes", "wt"])[0] == 0 and before == {p: p.stat().st_mtime_ns for p in (here / "sweep" / "runs").glob("*.pt")}
+        assert len(json.loads((here / "sweep" / "report.json").read_text())["lanes"]) == 9                                # of all that was asked for
+        # a changed setting is trained, and a run that fails does not end the sweep
+        status, out, err = sweep([*SWEEP, "--lanes", "wt", "task10", "--lr", "1e30"])
+        assert status == 1 and "3 of the runs failed" in err.splitlines()[-1] and "not finite" in err, (out, err)
+        next((here / "copy" / "runs").glob("wt-*.diagnosis.json")).unlink()
+        next((here / "copy" / "runs").glob("wt-*.pt")).write_text("no checkpoint")
+        status, out, err = sweep([*SWEEP, "--lanes", "wt", "deeper", "--out", "copy"])
+        report = json.loads((here / "copy" / "report.json").read_text())
+        assert status == 1 and "wt, seed 0 failed" in err and report["missing"] == ["wt seed 0"] and "wt, seed 0" in report["failed"] and "\n| deeper " in out, (out, err)
+        assert {p: p.stat().st_mtime_ns for p in before} == before
+        for argv, word in ((["--lanes", "magic"], "magic"), (["--lanes", "bias+bias"], "twice"), (["--seeds", "0"], "--seeds"), (["--report-only"], "--out alone"), (["--train-size", "200"], "other data"),
+                           (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
+            status, out, err = sweep([*SWEEP, *argv])
+            assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
+        assert sweep(["--lanes", "wt"])[0] == 2 and sweep(["--report-only", "--out", "nowhere"])[0] == 2
+
+
+def test_killed_sweep_goes_on():
+    """Killed with its runs at a random moment, and stopped by a signal, the same command gives the weights of a sweep that was not."""
+    flags = [*TINY, "--epochs", "6", "--seeds", "1", "--lanes", "wt", "--save-minutes", "0", "--train-size", "640"]
+
+    def begin():
+        return subprocess.Popen([sys.executable, HERE / "interventions.py", *flags, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with folder() as here:
+        process = begin()
+        wait_for(lambda: list(here.glob("killed/runs/baseline-*.pt")), process)
+        time.sleep(0.5 * random.random())
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert "progress" in train.read_checkpoint(next(here.glob("killed/runs/baseline-*.pt")))
+        process = begin()
+        wait_for(lambda: list(here.glob("killed/runs/wt-*.pt")), process)
+        process.send_signal(signal.SIGTERM)
+        status, _, err = finish(process)
+        assert status == 143 and "goes on" in err and "Traceback" not in err, err
+        assert sweep([*flags, "--out", "killed"])[0] == 0 and sweep([*flags, "--out", "straight"])[0] == 0
+        for lane in ("baseline", "wt"):
+            a, b = (train.read_checkpoint(next(here.glob(f"{name}/runs/{lane}-*.pt")))["model"] for name in ("killed", "straight"))
+            assert all(torch.equal(v, b[k]) for k, v in a.items()), lane
+        if interventions.fcntl:
+            with open("killed/lock") as lock:
+                interventions.fcntl.flock(lock, interventions.fcntl.LOCK_EX)
+                status, out, err = sweep([*flags, "--out", "killed"])
+                assert status == 2 and "at work" in err and err.count("\n") == 1 and not out
+
+
+def test_contrastive_loss_makes_the_weights_purer():
+    """On digits, against the same batches without it."""
+    purity = {}
+    for weight in (0.0, 1.0):
+        with folder():
+            assert command(["--train-size", "480", "--width", "16", "--head-dim", "8", "--reader-depth", "1", "--batch-size", "64", "--epochs", "12", "--w-cluster", weight])[0] == 0
+            model, args = train.load_checkpoint("out.pt")
+            test = train.load_dataset(args)[1]
+            with torch.no_grad():
+                phi = model.adapt(test.signal(test.pixels))
+            x = torch.cat([(phi.first - model.siren.first).flatten(1), model.tokens(phi).flatten(1)], 1)
+            purity[weight] = diagnostics.neighbor_purity(x, test.labels)
+    assert purity[1.0] > purity[0.0] + 0.05, purity
 
 
 # ------------------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ from siren import Siren, Weights, coordinate_grid
 RECIPE = dict(
     dataset="digits", data_root="data", train_size=None, test_size=None, val=0.0, augment=False,
     width=128, depth=4, omega=10.0, steps=6, steps_test=None, shared_lr=False, fraction=1.0,
-    reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0,
-    w_task=0.01, epochs=10, batch_size=16, lr=1e-4, lr_alpha=1e-2, weight_decay=1e-4, seed=0,
+    reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0, readout=0, branch=None, centre_colour=False,
+    w_task=0.01, w_cluster=0.0, epochs=10, batch_size=16, lr=1e-4, lr_alpha=1e-2, weight_decay=1e-4, seed=0,
     init_from=None, freeze_siren=False,
     out="out.pt", resume=False, save_minutes=5.0, workers=min(8, os.cpu_count() or 1), device="auto", precision="float32",
     recompute=False, compile=None, eval_only=False, ckpt=None, bench=None)
@@ -62,7 +62,7 @@ SIZE = dict(digits=8, cifar10=32, mnist=28, fashion_mnist=28)              # pix
 
 # These may change when a run is resumed; every other flag changes the result.
 FREE = {"data_root", "out", "resume", "save_minutes", "workers", "device", "recompute", "compile", "eval_only", "ckpt", "bench"}
-CORE = ("width", "depth", "omega", "steps", "shared_lr")                   # what --init-from takes over
+CORE = ("width", "depth", "omega", "steps", "shared_lr", "centre_colour")                   # what --init-from takes over
 
 RESIDENT_BYTES = 2 << 30       # images (train + test, uint8) up to this size live on the device; more are decoded as needed
 EVAL_POINTS = 1 << 17          # image points evaluated at once
@@ -143,7 +143,9 @@ class Images(torch.utils.data.Dataset):
         if pixels is None:
             order = torch.arange(len(self)).split(64)
             batches = self.batches(order, "cpu", workers)
-            pixels = torch.cat([x for x, _ in tqdm(batches, "decoding", len(order), leave=False, disable=None)])
+            pixels = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+            for rows, (images, _) in zip(order, tqdm(batches, "decoding", len(order), leave=False, disable=None)):
+                pixels[rows[0]:rows[0] + len(rows)] = images
         return Images(self.classes, self.labels.to(device), pixels.to(device), size=self.size, levels=self.levels)
 
     def batches(self, order, device, workers: int = 0):
@@ -320,15 +322,16 @@ class MWT(nn.Module):
     """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1]."""
 
     def __init__(self, channels: int, size: int, classes: int, width=128, depth=4, omega=10.0, steps=6, shared_lr=False,
-                 fraction=1.0, reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0, w_task=0.01, bf16=False, seed=0):
+                 fraction=1.0, reader_depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0, readout=0, branch=None, centre_colour=False,
+                 w_task=0.01, w_cluster=0.0, bf16=False, seed=0):
         super().__init__()
-        self.fraction, self.w_task, self.bf16 = fraction, w_task, bf16
+        self.fraction, self.w_task, self.w_cluster, self.centre_colour, self.bf16 = fraction, w_task, w_cluster, centre_colour, bf16
         with seeded("siren", seed):
             self.siren = Siren(2, channels, width, depth, omega)
         with seeded("inner loop", seed):
             self.inner_loop = MetaSGD(self.siren, steps, shared_lr)
         with seeded("reader", seed):
-            self.reader = Reader(depth * width, width, classes, reader_depth, head_dim, mlp_ratio, token_scale)
+            self.reader = Reader(depth * width, width, classes, reader_depth, head_dim, mlp_ratio, token_scale, readout, branch, channels)
         self.register_buffer("coords", coordinate_grid(size, size), persistent=False)      # (P, 2)
 
     def draw(self, draws: int, images: int, generator: torch.Generator) -> Tensor | None:
@@ -342,9 +345,16 @@ class MWT(nn.Module):
         values = images.flatten(2).mT
         return (self.coords, values) if pixels is None else take_pixels(self.coords, values, pixels)
 
+    def colour(self, values: Tensor) -> Tensor:
+        """Mean colour (N, C) of values (N, P, C), or of all drawn pixels (d, N, n, C)."""
+        return values.mean(1) if values.dim() == 3 else values.mean((0, 2))
+
     def adapt(self, images: Tensor, steps: int | None = None, pixels: Tensor | None = None) -> Weights:
-        """phi, the weights of each image's INR."""
-        return self.inner_loop(self.siren, *self.look(images, pixels), steps, self.fraction)
+        """phi, the weights of each image's INR; with centre_colour of the image less its mean colour."""
+        coords, values = self.look(images, pixels)
+        if self.centre_colour:
+            values = values - self.colour(values)[:, None]
+        return self.inner_loop(self.siren, coords, values, steps, self.fraction)
 
     def tokens(self, weights: Weights) -> Tensor:
         """phi - theta, hidden neuron by hidden neuron: (N, depth * width, width + 1); tokens[..., -1] is the bias column."""
@@ -354,30 +364,34 @@ class MWT(nn.Module):
         """images (N, C, size, size) -> tokens."""
         return self.tokens(self.adapt(images, steps, pixels))
 
-    def read(self, tokens: Tensor, flow: bool = False):
-        """tokens -> logits (N, classes); with flow=True also the reader's states."""
+    def read(self, tokens: Tensor, flow: bool = False, colour: Tensor | None = None):
+        """tokens -> logits (N, classes); with flow=True also the reader's states. colour: for a reader with a branch that takes it."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.reader(tokens, flow)
+            return self.reader(tokens, flow, colour)
 
     def reconstruct(self, coords: Tensor, values: Tensor, steps: int | None = None, clamp: bool = False) -> tuple[Weights, Tensor]:
         """phi and each image's mean squared error (N,) there, of what `look` returned; of k + 1 draws the error's is the last."""
-        weights = self.inner_loop(self.siren, coords, values, steps)
+        mean = self.colour(values)[:, None] if self.centre_colour else 0.0                     # (N, 1, C)
+        weights = self.inner_loop(self.siren, coords, values - mean, steps)
         if values.dim() == 4:
             coords, values = coords[-1], values[-1]
-        prediction = self.siren(coords, weights)
+        prediction = self.siren(coords, weights) + mean
         return weights, ((prediction.clamp(-1, 1) if clamp else prediction) - values).square().mean((-2, -1))
 
     def forward(self, coords: Tensor, values: Tensor, labels: Tensor) -> Tensor:
-        """Means over a batch as `look` returned it (4,): class loss and reconstruction, the two outer losses, accuracy and PSNR (dB).
+        """Means over a batch as `look` returned it (5,): class loss, reconstruction and weighted contrastive loss, the outer losses,
+        then accuracy and PSNR (dB).
 
         The class loss reaches the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that one
-        backward pass serves both losses.
+        backward pass serves all losses.
         """
         weights, error = self.reconstruct(coords, values)
         tokens = self.tokens(weights)
         value = tokens.detach()
-        logits = self.read(value + self.w_task * (tokens - value) if self.w_task else value).to(tokens.dtype)
-        return torch.stack([F.cross_entropy(logits, labels), error.mean(), (logits.argmax(-1) == labels).to(error.dtype).mean(),
+        logits = self.read(value + self.w_task * (tokens - value) if self.w_task else value, colour=self.colour(values)).to(tokens.dtype)
+        whole = torch.cat([(weights.first - self.siren.first).flatten(1), tokens.flatten(1)], 1) if self.w_cluster else None
+        cluster = self.w_cluster * supervised_contrastive(whole, labels) if self.w_cluster else error.new_zeros(())
+        return torch.stack([F.cross_entropy(logits, labels), error.mean(), cluster, (logits.argmax(-1) == labels).to(error.dtype).mean(),
                             psnr(error.detach()).mean()])
 
 
@@ -386,9 +400,21 @@ def psnr(error: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp_min(4e-10))
 
 
+def supervised_contrastive(x: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Pulls rows x (n, d) of one label together (Khosla et al., NeurIPS 2020, equation 2, without a projection head): with z the rows
+    at length 1, the mean over rows i of -1/|P(i)| sum_{p in P(i)} log(exp(z_i z_p / t) / sum_{a != i} exp(z_i z_a / t)). P(i): the other
+    rows of i's label; rows that have none are left out, 0 if all are."""
+    z = F.normalize(x, dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(own, -math.inf).log_softmax(1)             # (n, n)
+    positive = (labels[:, None] == labels) & ~own
+    count = positive.sum(1)
+    return -(log_p.masked_fill(~positive, 0).sum(1) / count.clamp_min(1)).sum() / (count > 0).sum().clamp_min(1)
+
+
 def build_model(args, channels: int, classes: int) -> MWT:
     keys = ("width", "depth", "omega", "steps", "shared_lr", "fraction", "reader_depth", "head_dim", "mlp_ratio", "token_scale",
-            "w_task", "seed")
+            "readout", "branch", "centre_colour", "w_task", "w_cluster", "seed")
     return MWT(channels, args.size, classes, bf16=args.precision == "bf16", **{key: getattr(args, key) for key in keys})
 
 
@@ -500,9 +526,10 @@ def evaluate(model: MWT, data: Images, steps: int | None = None, workers: int = 
         if len(images):
             pixels = model.draw(k + 1, len(order[b]), generator("evaluation", b, device=device))
             pixels = None if pixels is None else pixels[:, RANK::WORLD]
-            weights, error = model.reconstruct(*model.look(data.signal(images), pixels), steps, clamp=True)
+            coords, values = model.look(data.signal(images), pixels)
+            weights, error = model.reconstruct(coords, values, steps, clamp=True)
             decibels[mine[b]] = psnr(error).to(decibels.dtype)
-            correct[mine[b]] = (model.read(model.tokens(weights)).argmax(-1) == labels).to(correct.dtype)
+            correct[mine[b]] = (model.read(model.tokens(weights), colour=model.colour(values)).argmax(-1) == labels).to(correct.dtype)
     if WORLD > 1:
         dist.all_reduce(correct)
         dist.all_reduce(decibels)
@@ -529,9 +556,9 @@ def parameter_groups(model: MWT, args) -> list[dict]:
 
 
 def backward(forward, groups: list[dict], *batch) -> Tensor:
-    """Gradients of both losses, averaged over processes; returns the batch's statistics (4,), as MWT.forward."""
+    """Gradients of the losses, averaged over processes; returns the batch's statistics (5,), as MWT.forward."""
     stats = forward(*batch)
-    stats[:2].sum().backward()
+    stats[:3].sum().backward()
     stats = stats.detach()
     average([p.grad for group in groups for p in group["params"]] + [stats])
     return stats
@@ -553,7 +580,7 @@ def compiled(model: MWT, *batch):
     """torch.compile of the step, tried on one batch; where this machine cannot compile, the model as it is, and a line that says so."""
     fast = torch.compile(model)
     try:
-        fast(*batch)[:2].sum().backward()
+        fast(*batch)[:3].sum().backward()
         return fast
     except Exception as error:     # a missing compiler, driver or package: each has a type of its own
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -569,7 +596,7 @@ def textbook_backward(model: MWT, coords: Tensor, values: Tensor, labels: Tensor
     With a model whose siren has `loss_and_grad = textbook_loss_and_grad` nothing of the fast path is left in it.
     """
     weights, error = model.reconstruct(coords, values)
-    F.cross_entropy(model.read(model.tokens(weights)), labels).backward(retain_graph=True)
+    F.cross_entropy(model.read(model.tokens(weights), colour=model.colour(values)), labels).backward(retain_graph=True)
     for p in [*model.siren.parameters(), *model.inner_loop.parameters()]:
         if p.grad is not None:
             p.grad *= model.w_task
@@ -620,7 +647,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
     hosts = dist.new_group(backend="gloo") if WORLD > 1 else None
 
     metrics, start, first_step = {"epochs": [], "seconds": 0.0}, 0, 0
-    sums = torch.zeros(4, device=device, dtype=model.coords.dtype)             # of the statistics of this epoch's steps
+    sums = torch.zeros(5, device=device, dtype=model.coords.dtype)             # of the statistics of this epoch's steps
     bad = torch.full((), -1, device=device)                                    # the first step that was not finite
     if content is not None:
         try:
@@ -686,12 +713,12 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                     stats = backward(forward, groups, *batch)
                     norms = update(groups, optimizer)
                     scheduler.step()
-                    finite = torch.isfinite(stats[:2].sum() + norms)
+                    finite = torch.isfinite(stats[:3].sum() + norms)
                     bad = torch.where((bad < 0) & ~finite, now, bad)           # stays on the device until somebody looks
                     sums += stats
                     bar.update(global_batch)
                     if not bar.disable and time.monotonic() - read_at > 1:
-                        read_at, (loss, _, accuracy, decibel) = time.monotonic(), stats.tolist()
+                        read_at, (loss, *_, accuracy, decibel) = time.monotonic(), stats.tolist()
                         bar.set_postfix_str(f"loss {loss:.3f}, accuracy {100 * accuracy:.0f}%, PSNR {decibel:.1f} dB")
             # An evaluation that is interrupted is done again when the run goes on: all steps of the epoch are behind it.
             try:
@@ -700,10 +727,10 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
                 look(epoch, steps_per_epoch, error)
             if not math.isfinite(result["test_psnr"]):     # the last step made weights whose loss is not finite
                 bad.clamp_(min=(epoch + 1) * steps_per_epoch - 1)
-            loss, reconstruction, accuracy, decibel = (sums / steps_per_epoch).tolist()
+            loss, reconstruction, cluster, accuracy, decibel = (sums / steps_per_epoch).tolist()
             metrics.update(result)
             metrics["epochs"].append({
-                "epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "train_accuracy": accuracy,
+                "epoch": epoch + 1, "loss": loss, "reconstruction": reconstruction, "weighted_cluster_loss": cluster, "train_accuracy": accuracy,
                 "train_psnr": decibel, "test_accuracy": result["test_accuracy"], "test_psnr": result["test_psnr"],
                 "seconds": time.monotonic() - epoch_began, "waiting_for_data": waited, "peak_memory_bytes": peak_memory(device)})
             sums.zero_()
@@ -740,7 +767,8 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
     stages = torch.linspace(0, k, min(k, 7) + 1).round().int().tolist()        # steps shown
     pixels = model.draw(k, len(rows), generator("figure", device=device))
     fits = [model.adapt(images, j, pixels) for j in stages]
-    predicted = model.read(model.tokens(fits[-1])).argmax(-1)
+    colour = model.colour(model.look(images, pixels)[1])
+    predicted = model.read(model.tokens(fits[-1]), colour=colour).argmax(-1)
 
     figure = Figure(figsize=(max(9, 1.35 * (len(stages) + 1)), 2.6 + 1.75 * len(rows)), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.75 * len(rows)])
@@ -767,7 +795,8 @@ def draw_figure(path: Path, args, model: MWT, test: Images, metrics: dict):
     for i, line in enumerate(grid):
         for axis, j, phi in zip(line, stages, fits):
             one = phi._make(w if j == 0 else w[i:i + 1] for w in phi)          # at step 0 all images are at the anchor
-            shown = model.siren(model.coords, one).view(-1, args.size ** 2, test.channels)[0].mT.view_as(images[i])
+            shown = model.siren(model.coords, one).view(-1, args.size ** 2, test.channels)[0] + (colour[i] if model.centre_colour else 0)
+            shown = shown.mT.view_as(images[i])
             show(axis, shown, f"{float(psnr((shown.clamp(-1, 1) - images[i]).square().mean())):.1f} dB")
         right = "right" if predicted[i] == labels[i] else "wrong"
         show(line[-1], images[i], f"{test.classes[labels[i]]}\nread as {test.classes[predicted[i]]} ({right})")
@@ -799,7 +828,7 @@ PATHS = {"A": "fast: closed form, one backward pass", "B": "textbook: autograd t
 
 
 def count_flops(model: MWT, batch: int, backward: bool = True) -> dict[str, float]:
-    """FLOPs (a multiply-add is two) of the matrix products of one step on `batch` images: {"inner loop", "reader"}.
+    """FLOPs (a multiply-add is two) of the matrix products of one step on `batch` images, by part.
 
     With n pixels an image and draw, w neurons, D layers, C channels, one inner step takes 2n (3 D w^2 + 2 C w + 4 w): forward,
     the gradient of the layers' inputs, and that of their weights. The first step's forward part runs once for the batch where
@@ -814,7 +843,15 @@ def count_flops(model: MWT, batch: int, backward: bool = True) -> dict[str, floa
     tokens = depth * width
     matrices = sum(p.numel() for p in [reader.embed.weight, *reader.blocks.parameters()] if p.dim() == 2)
     read = 2 * tokens * matrices + len(reader.blocks) // 2 * 4 * tokens ** 2 * width + 2 * width * reader.head.out_features
-    return {"inner loop": first + batch * gradient + (steps - 1) * batch * (forward + gradient) + batch * forward, "reader": batch * both * read}
+    if reader.queries is not None:
+        asking, asked = len(reader.queries), len(reader.queries) + tokens
+        for attention, mlp in zip(reader.gather[::2], reader.gather[1::2]):
+            read += 2 * asked * 3 * width ** 2 + 4 * asking * asked * width + 2 * asking * (width ** 2 + 2 * mlp.up.weight.numel())
+    read *= both
+    if reader.branch is not None:
+        read += 2 * ((one if reader.column is None else both) * reader.branch.up.weight.numel() + both * reader.branch.down.weight.numel())
+    cluster = 3 * 2 * batch ** 2 * (model.siren.first.numel() + model.siren.hidden.numel()) if backward and model.w_cluster else 0
+    return {"inner loop": first + batch * gradient + (steps - 1) * batch * (forward + gradient) + batch * forward, "reader": batch * read, "contrastive loss": cluster}
 
 
 def timed(step, count: int, device: torch.device) -> list[float]:
@@ -877,12 +914,18 @@ def measure_path(args, path: str, seconds: float = 20.0, more: bool = False) -> 
         median = lambda f: float(np.median(timed(f, few, device)))
         inner, read = median(lambda: model.reconstruct(coords, values)), median(lambda: model.read(tokens))
         whole_ = median(lambda: backward(model, groups, coords, values, labels))
+
+        def optimize():
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            update(groups, optimizer)
+
         many = random.take(torch.arange(max(n, min(512, EVAL_POINTS // coords.shape[-2])), device=device) % n)
         rate = len(many) / median(lambda: evaluate(model, many)) * 1000
         size = 4096 if device.type == "cuda" else 2048
         square = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
         median(lambda: square[0] @ square[1])
-        result |= {"phases_ms": {"inner loop": inner, "reader": read, "backward": whole_ - inner - read, "optimizer": median(lambda: update(groups, optimizer))},
+        result |= {"phases_ms": {"inner loop": inner, "reader": read, "backward": whole_ - inner - read, "optimizer": median(optimize)},
                    "evaluation_images_per_second": rate, "matrix_peak_tflops": 2 * size ** 3 / min(timed(lambda: square[0] @ square[1], 10, device)) / 1e9}
     return result
 
@@ -922,7 +965,7 @@ def training_hours(images: int, epochs: int, step_seconds: float, decode_seconds
 def bench(args):
     """Measures, prints, and writes args.out (JSON) and for the cost a figure beside it."""
     device = find_device(args.device)
-    report = environment(device) | {"command": command_line(args), "flags": vars(args)}
+    report = environment(device) | {"command": command_line(args) + (" --no-compile" if args.compile is False else ""), "flags": vars(args)}
     print(f"{args.size}x{args.size} pixels, {args.fraction:g} of them a step, width {args.width}, depth {args.depth}, k {args.steps}, reader depth {args.reader_depth}, "
           f"batch {args.batch_size}, {args.precision}\n{report['device']}, {report['threads']} threads, torch {torch.__version__}", flush=True)
     row = lambda name, r: (f"{name:18s}{np.median(r['ms']):10.1f}{min(r['ms']):10.1f}{max(r['ms']):10.1f}{1000 * r['images'] / np.median(r['ms']):10.1f}"
@@ -983,6 +1026,8 @@ def cost_figure(path: Path, report: dict):
     for axis, title in zip(axes, ("ms a step", "peak memory (GiB)")):
         axis.set_xlabel("counted GFLOP a step")
         axis.set_ylabel(title)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     figure.suptitle(f"Cost of a training step; {report['device']}", fontsize=11)
@@ -1014,6 +1059,13 @@ def number(low: float, high: float = math.inf, open_low: bool = False):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
         return value
     return parse
+
+
+def branch(text: str) -> str:
+    kind, _, column = text.partition(":")
+    if text not in ("bias", "colour") and not (kind == "column" and column.isascii() and column.isdigit() and str(int(column)) == column):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither bias nor colour nor column:N")
+    return text
 
 
 class Parser(argparse.ArgumentParser):
@@ -1053,9 +1105,13 @@ def parser() -> Parser:
     flag("head_dim", whole(1), "features an attention head; divides the width")
     flag("mlp_ratio", whole(1), "hidden over outer features in the reader's MLP")
     flag("token_scale", number(0), "lambda, factor on the tokens; 0: layer norm instead")
+    flag("readout", whole(0), "learned queries that gather the tokens by class attention; 0: the mean over tokens")
+    flag("branch", branch, "bias, column:N or colour: that column of the tokens, or the mean colour, to the logits past the reader's blocks")
+    flag("centre_colour", None, "remove each image's mean colour before it is fitted")
 
     group = p.add_argument_group("training")
     flag("w_task", number(0), "weight of the class loss for the INR; 0 is WT")
+    flag("w_cluster", number(0), "weight of a supervised contrastive loss on phi - theta, for the INR")
     flag("epochs", whole(1), "number of passes over the training set")
     flag("batch_size", whole(1), "images a step and process")
     flag("lr", number(0, open_low=True), "peak learning rate of the SIREN and the reader")
@@ -1117,6 +1173,10 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
         raise InputError(f"--head-dim {args.head_dim} does not divide --width {args.width}")
     if args.steps_test not in (None, args.steps) and not args.shared_lr:
         raise InputError(f"--steps-test {args.steps_test} differs from --steps {args.steps}: that needs --shared-lr, one alpha for all steps")
+    if (args.branch or "").startswith("column:") and int(args.branch[7:]) >= args.width:
+        raise InputError(f"--branch {args.branch}: the columns of a token, but for the bias, are 0 to {args.width - 1}")
+    if args.w_cluster and WORLD > 1:
+        raise InputError("--w-cluster compares the images of a batch: run it as one process, not by torchrun")
     if int(args.fraction * args.size ** 2 + 1e-9) < 1:
         raise InputError(f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one pixel")
     return args
