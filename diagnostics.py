@@ -902,7 +902,7 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
 
     tokens (q, T, width + 1) of test images, reference of training images (means, variances, principal components); parts as from
     `controls`, embed the input map's weight. Every loss is in accuracy over the same images, repeated for random choices (sd over
-    the repeats); its interval is over images and repeats.
+    the repeats); its interval is over images and repeats. Of random sets the low-rank controls take the first.
     """
     q, truth = len(tokens), labels.cpu()
     bias, mean = parts["bias column"][0], reference.mean(0)
@@ -1071,7 +1071,7 @@ def fit_tokens(fit, images: Tensor, block: int) -> Tensor:
 
 def content(read, fit, test: Block, reference: Block, parts: dict[str, list[Tensor]], seed: int = 0) -> dict:
     """What the bias column carries, beside what its controls carry: linear regressions both ways between a part's first r principal
-    components and facts of the image (fitted on the reference, scored on the test images), and mediation by mean colour."""
+    components and facts of the image (fitted on the reference, scored on the test images; of random sets the first), and mediation by mean colour."""
     known, asked = image_facts(reference.images), image_facts(test.images)
     y, y_test = (torch.stack(list(f.values()), 1) for f in (known, asked))
     regressions = {}
