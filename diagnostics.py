@@ -36,6 +36,7 @@ import train
 # x is (n, d), labels (n,) integers from 0. Distances are Euclidean; a mean is subtracted first, for the sake of rounding only.
 
 BLOCK_BYTES = 128 << 20            # of one block's distances or differences
+FEW = 32                           # rows that are made float64 at a time
 
 
 def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2) -> tuple[Tensor, Tensor]:
@@ -71,12 +72,12 @@ def check_pair(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tenso
 
 def squared_length(x: Tensor) -> Tensor:
     """Of each row, (n, d) -> (n,) float64, without a float64 copy of x."""
-    return torch.cat([rows.double().square().sum(1) for rows in x.split(max(1, (1 << 22) // x.shape[1]))])
+    return torch.cat([rows.double().square().sum(1) for rows in x.split(max(1, (1 << 20) // x.shape[1]))])
 
 
 def column_means(x: Tensor) -> Tensor:
     """(n, d) -> (d,) float64, without a float64 copy of x."""
-    return sum(rows.sum(0, dtype=torch.float64) for rows in x.split(256)) / len(x)
+    return sum(rows.double().sum(0) for rows in x.split(FEW)) / len(x)
 
 
 class Nearest:
@@ -231,12 +232,12 @@ def logistic(z: Tensor, labels: Tensor, classes: int, penalty: float, tolerance:
     return torch.cat([torch.linalg.solve_triangular(R, V[:-1], upper=True), V[-1:]])
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of each feature, float64; 0 in place of the latter where it is constant."""
-    mean, deviation = torch.empty(2, x.shape[1], dtype=torch.float64, device=x.device)
-    for columns in torch.arange(x.shape[1], device=x.device).split(2048):              # no float64 copy of x
-        part = x[:, columns].double()
-        mean[columns], deviation[columns] = part.mean(0), part.std(0, correction=0)
+def moments(rows) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of each feature of what rows() yields, blocks (b, d): float64; 0 in place of the latter where
+    it is constant. A few rows at a time, so that there is no float64 copy of all."""
+    n = sum(len(x) for x in rows())
+    mean = sum(few.double().sum(0) for x in rows() for few in x.split(FEW)) / n
+    deviation = (sum((few.double() - mean).square().sum(0) for x in rows() for few in x.split(FEW)) / n).sqrt()
     return mean, torch.where(deviation > 1e-7 * mean.abs(), 1 / deviation, 0.0)
 
 
@@ -246,24 +247,24 @@ def factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(gram + rounding.clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
-def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """W (d + 1, classes) float64, last row the bias, of multinomial logistic regression on the bank's standardised features,
-    to be applied to raw ones. The ridge penalty is the best of five on a held-out fifth of the bank (every fifth row of each
-    class), the larger one where they tie. Where d > n it is solved in the n x n dual: W lies in the span of the rows, so that
-    only their inner products count, and the rows of the Gram matrix's Cholesky factor give the same regression."""
-    n, d = bank.shape
-    mean, scale = moments(bank)
-    blocks = torch.arange(d, device=bank.device).split(512)
+def probe(rows, labels: Tensor, classes: int) -> Tensor:
+    """W (d + 1, classes) float64, last row the bias, of multinomial logistic regression on standardised features, to be applied to
+    raw ones; rows() yields them block by block (b, d), in the order of labels (n,). The ridge penalty is the best of five on a held-out
+    fifth (every fifth row of each class), the larger one where they tie. Where d > n it is solved in the n x n dual: W lies in the span
+    of the rows, so that only their inner products count, and the rows of the Gram matrix's Cholesky factor give the same regression."""
+    mean, scale = moments(rows)
+    n, d = len(labels), len(mean)
 
-    def standard(columns):
-        return ((bank[:, columns].double() - mean[columns]) * scale[columns]).to(bank.dtype)
+    def standard():
+        for x in rows():
+            yield torch.cat([((few.double() - mean) * scale).to(x.dtype) for few in x.split(FEW)])
 
     if dual := d > n:
-        gram = sum(z @ z.T for z in map(standard, blocks))                             # (n, n)
+        gram = torch.cat([torch.cat([a @ b.T for b in standard()], 1) for a in standard()])            # (n, n)
         z = factor(gram)
     else:
-        z = standard(slice(None))
-    held = torch.zeros(n, dtype=torch.bool, device=bank.device)
+        z = torch.cat(list(standard()))
+    held = torch.zeros(n, dtype=torch.bool, device=labels.device)
     for c in labels.unique():
         held[torch.nonzero(labels == c).flatten()[4::5]] = True
     best = PROBE_LAMBDAS[0]
@@ -281,10 +282,8 @@ def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
     V = logistic(z, labels, classes, best * d, tolerance=1e-5)
     W, b = V[:-1], V[-1]
     if dual:
-        A = torch.linalg.solve_triangular(z.T, W, upper=True)
-        W = torch.empty(d, classes, dtype=torch.float64, device=bank.device)
-        for columns in blocks:
-            W[columns] = (standard(columns).T @ A).double()
+        A = torch.linalg.solve_triangular(z.T, W, upper=True)                          # (n, classes)
+        W = sum((x.T @ a).double() for x, a in zip(standard(), A.split([len(x) for x in rows()])))
     W = W.double() * scale[:, None]
     return torch.cat([W, (b - mean @ W)[None]])
 
@@ -292,7 +291,7 @@ def probe(bank: Tensor, labels: Tensor, classes: int) -> Tensor:
 def linear_probe(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
     """Accuracy on queries of multinomial logistic regression on the bank's standardised features (Alain & Bengio 2016)."""
     bank, bank_labels, queries, labels = check_pair(bank, bank_labels, queries, labels, classes=2)
-    W = probe(bank, bank_labels, int(max(bank_labels.max(), labels.max())) + 1)
+    W = probe(lambda: bank.split(ROWS), bank_labels, int(max(bank_labels.max(), labels.max())) + 1)
     return float(((queries.double() @ W[:-1] + W[-1]).argmax(1) == labels).double().mean())
 
 
@@ -492,9 +491,9 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     sizes, of_class = torch.bincount(bank.labels, minlength=classes), torch.bincount(labels, minlength=classes)
     sample = next(iter(queries.blocks(0, 1)))
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
-    work, groups, room = max(1 << 29, MEMORY - bank.bytes - queries.bytes - (1 << 29)), [], 0           # the half GiB: a block's states
+    work, groups, room = max(3 << 27, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
     for name, size in bytes_each.items():
-        size *= max(2 * q, len(reference or ()))           # the queries twice: as they are, and centred
+        size *= 2 * q                                      # the queries twice: as they are, and centred
         if not groups or room < size:
             groups, room = groups + [[]], work
         groups[-1].append(name)
@@ -509,8 +508,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                     x[name][block.start - start:block.start - start + len(block.labels)] = coordinates[name](block)
             return x
 
-        known = collect(reference, 0, len(reference)) if reference is not None else {}
-        probes = {name: probe(known.pop(name), reference.labels, classes) for name in list(known)}
+        probes = {name: probe(lambda: (coordinates[name](block).float() for block in reference.blocks()), reference.labels, classes) for name in group if reference is not None}
         rows = ROWS * max(1, work // (2 * ROWS * sum(bytes_each[name] for name in group)))
         parts = {name: {} for name in group}
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
@@ -522,8 +520,8 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 for name in group:
                     x = coordinates[name](block).float()
                     near[name].update(x)
-                    if start == 0:
-                        means[name].index_add_(0, block.labels, x.double())
+                    for few, its in zip(x.split(FEW), block.labels.split(FEW)) if start == 0 else ():
+                        means[name].index_add_(0, its, few.double())
             found = {name: near.pop(name).index for name in group}
             among = {name: Nearest(x, k, start) for name, x in chunk.items()}
             sums = {name: torch.zeros(len(x), classes, dtype=f64, device=device) for name, x in chunk.items()}
@@ -534,10 +532,10 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 for name in group:
                     x = coordinates[name](block).float()
                     sums[name] += among[name].update(x).sqrt().double() @ member
-                    if start == 0:
-                        x = x.double() - centre[name]
-                        own_sums[name].index_add_(0, block.labels, x)
-                        total[name] += float(x.square().sum())
+                    for few, its in zip(x.split(FEW), block.labels.split(FEW)) if start == 0 else ():
+                        few = few.double() - centre[name]
+                        own_sums[name].index_add_(0, its, few)
+                        total[name] += float(few.square().sum())
             for name, x in chunk.items():
                 if start == 0:
                     means[name] = means[name][sizes > 0] / sizes[sizes > 0, None]
@@ -546,9 +544,9 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 part = {"knn1": neighbors[:, 0], "knn10": vote(neighbors, classes), "neighbors": found[name],
                         "purity": (labels[among[name].index] == mine[:, None]).double().mean(1),
                         "silhouette": silhouettes(sums[name], mine, of_class),
-                        "nearest_mean": torch.nonzero(sizes).flatten()[torch.cat([nearest(means[name], y.double(), 1)[:, 0] for y in x.split(ROWS)])]}
+                        "nearest_mean": torch.nonzero(sizes).flatten()[torch.cat([nearest(means[name], y.double(), 1)[:, 0] for y in x.split(FEW)])]}
                 if name in probes:
-                    part["probe"] = torch.cat([y.double() @ probes[name][:-1] + probes[name][-1] for y in x.split(ROWS)]).argmax(1)
+                    part["probe"] = torch.cat([y.double() @ probes[name][:-1] + probes[name][-1] for y in x.split(FEW)]).argmax(1)
                 for key, value in part.items():
                     parts[name].setdefault(key, []).append(value.cpu())
         for name in group:
@@ -593,9 +591,9 @@ def weight_coordinates(bank: Fits, layers: int = 1, anchor: Tensor | None = None
     ones, listed apart, are Euclidean on rows scaled to length 1. anchor (T, width + 1): theta's tokens; beta: the reader's.
     """
     count, mean, square = 0, 0.0, 0.0
-    for block in bank.blocks():                            # Chan et al. 1979: moments of blocks, combined
-        n, m = len(block.tokens), block.tokens.double().mean(0)
-        square = square + (block.tokens.double() - m).square().sum(0) + (m - mean) ** 2 * (count * n / (count + n))
+    for tokens in (few.double() for block in bank.blocks() for few in block.tokens.split(FEW)):        # Chan et al. 1979: moments of parts, combined
+        n, m = len(tokens), tokens.mean(0)
+        square = square + (tokens - m).square().sum(0) + (m - mean) ** 2 * (count * n / (count + n))
         mean = mean + (m - mean) * (n / (count + n))
         count += n
     deviation = (square / count).sqrt()
@@ -1026,7 +1024,7 @@ def regression(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int =
     """R^2 on test rows, with interval, of each column of y (n, m) regressed on x (n, r) by least squares with an intercept.
     R^2 = 1 - squared error / squared deviation from the test mean; None where y is constant there."""
     x, y, x_test, y_test = (z.double().cpu() for z in (x, y, x_test, y_test))
-    mean, scale = moments(x)
+    mean, scale = moments(lambda: [x])
     x, x_test = (F.pad((z - mean) * scale, (0, 1), value=1.0) for z in (x, x_test))
     predicted = x_test @ torch.linalg.lstsq(x, y, driver="gelsd").solution
     result = []
@@ -1521,22 +1519,22 @@ def models_figure(path: Path, result: dict):
     found = result["points"]
     most = max([p["architecture"] for p in found], key=[p["architecture"] for p in found].count)
     stages = [(key, label, result["correlations"][key]) for key, label in (("stage purity", "purity"), ("stage knn10", "10-NN accuracy")) if result["correlations"].get(key)]
-    figure, (left, *right) = canvas(1, 1 + bool(stages), 6 + 6 * bool(stages), 4.8)
+    figure, (left, *right) = canvas(1, 1 + bool(stages), 7 + 6 * bool(stages), 4.8)
     labels = list(dict.fromkeys(p["label"] for p in found))
-    for label, marker in zip(labels, itertools.cycle("os^dvP*X<>")):
+    for label, marker in zip(labels, itertools.cycle("os^dvP*X<")):           # nine, and ten colours: no two labels alike
         mine = [p for p in found if p["label"] == label and "purity" in p]
         left.scatter([p["purity"] for p in mine], [100 * p["reader"] for p in mine], marker=marker, label=label,
                      facecolors=[f"C{labels.index(label) % 10}" if p["architecture"] == most else "none" for p in mine], edgecolors=f"C{labels.index(label) % 10}")
     left.set_xlabel("neighbour purity of phi - theta")
     left.set_ylabel("reader accuracy (%)")
-    left.legend(fontsize=8 if len(labels) < 8 else 6, ncols=1 + len(labels) // 12)
+    left.legend(fontsize=8 if len(labels) < 8 else 6, **({"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(labels) >= 8 else {}))
     left.grid(alpha=0.3)
     c = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
     left.set_title("Models (hollow: another architecture)\n" + (f"Spearman's rho {span(c, 1, 2)}" if c else "too few for a correlation"), fontsize=10)
-    for (key, label, c), style in zip(stages, ("o-", "s--")):
-        names = [name for name in c["spearman"] if name not in ("last - first", "phi - theta")]
-        y = np.array([c["spearman"][name] for name in names], dtype=float)             # no interval: NaN
-        right[0].errorbar(range(len(names)), y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), fmt=style, markersize=4, capsize=2, label=label)
+    names = ["phi - theta"] + [name for name in (stages[0][2]["spearman"] if stages else ()) if name not in ("last - first", "phi - theta")]
+    for k, ((key, label, c), style) in enumerate(zip(stages, ("o-", "s--"))):
+        y = np.array([c["spearman"].get(name, (None,) * 3) for name in names], dtype=float)            # no interval: NaN
+        right[0].errorbar(np.arange(len(names)) + 0.12 * k, y[:, 0], yerr=np.abs(y[:, 1:].T - y[:, 0]), fmt=style, markersize=4, capsize=2, label=f"{label}, mean over tokens")
         stage_axis(right[0], names)
         right[0].legend(fontsize=8)
         right[0].set_ylabel("Spearman's rho with reader accuracy")
@@ -1613,11 +1611,13 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
     if not reference.bytes and reference.data is not None:
         reference.keep = 1 << 30
-    logits = torch.cat([read(block.tokens) for block in queries.blocks()])
+    logits = torch.cat([read(tokens) for block in queries.blocks() for tokens in block.tokens.split(32)])
     if not torch.isfinite(logits).all():
         raise train.InputError(f"{path}: a damaged checkpoint: its fits or predictions are not finite")
     predictions = logits.argmax(-1).cpu()
     right = int((predictions == queries.labels.cpu()).sum())
+    if args.branch == "colour":
+        print(f"{path}: its branch for the mean colour is left out: what follows is about what the reader gets from the weights", flush=True)
     report = {"name": Path(path).stem, "checkpoint": path, "command": train.command_line(args), "training": vars(args), "data": seen.dataset, "test": len(test), "bank": len(data),
               "evaluated_on": "held-out training images" if seen.val else "test images", "unfinished": "progress" in train.read_checkpoint(path),
               "reader": right / len(test), "reader_interval": train.wilson(right, len(test)), "experiments": {}}

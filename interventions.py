@@ -39,33 +39,28 @@ except ImportError:                # Windows: two sweeps in one folder are not k
 
 # ---- Lanes ---------------------------------------------------------------------------------------------------------------
 #
-# What a lane changes, as a function of the settings shared by all lanes; None: it hangs on more than those. A lane is compared with
-# "baseline", or with "baseline64" where it needs batches of 64; names joined by + change all that their parts change.
+# name: (what changes, and that change as a function of the settings that all lanes share; None: it hangs on more than those).
 
 LARGE = lambda base: {"batch_size": max(64, base.batch_size)}              # the contrastive loss needs pairs
 LANES = {
-    "baseline": lambda base: {},
-    "wt": lambda base: {"w_task": 0.0},
-    "task0.001": lambda base: {"w_task": 0.001},
-    "task0.1": lambda base: {"w_task": 0.1},
-    "task1": lambda base: {"w_task": 1.0},
-    "task10": lambda base: {"w_task": 10.0},
-    "baseline64": LARGE,
-    "cluster0.01": lambda base: LARGE(base) | {"w_cluster": 0.01},
-    "cluster0.1": lambda base: LARGE(base) | {"w_cluster": 0.1},
-    "cluster1": lambda base: LARGE(base) | {"w_cluster": 1.0},
-    "bias": lambda base: {"branch": "bias"},
-    "column": None,                # branch on the column of highest energy: known when this seed's baseline is there
-    "column-random": None,         # and on a random one, by the seed
-    "centred": lambda base: {"centre_colour": True},
-    "colour": lambda base: {"centre_colour": True, "branch": "colour"},
-    "route": lambda base: {"readout": base.readout or 8},
-    "dense": lambda base: {"steps": base.steps + 4, "fraction": 1.0},
-    "deeper": None,                # capacity control: a reader as deep as the dearest of the lanes above asks for
+    "baseline": ("shared-anchor MWT", lambda base: {}),
+    "wt": ("no class loss for the INR", lambda base: {"w_task": 0.0}),
+    **{f"task{w:g}": ("another weight of the class loss for the INR", lambda base, w=w: {"w_task": w}) for w in (0.001, 0.1, 1.0, 10.0)},
+    "baseline64": ("batches of 64", LARGE),
+    **{f"cluster{w:g}": ("batches of 64, and a supervised contrastive loss on phi - theta", lambda base, w=w: LARGE(base) | {"w_cluster": w}) for w in (0.01, 0.1, 1.0)},
+    "bias": ("the bias column to the logits by a branch of its own", lambda base: {"branch": "bias"}),
+    "column": ("control of bias: the column of highest energy in this seed's baseline", None),
+    "column-random": ("control of bias: a random column, by the seed", None),
+    "centred": ("the mean colour removed before fitting", lambda base: {"centre_colour": True}),
+    "colour": ("centred, with the mean colour through a branch like bias's", lambda base: {"centre_colour": True, "branch": "colour"}),
+    "route": ("learned queries gather the tokens in place of their mean", lambda base: {"readout": 8}),
+    "dense": ("four more inner steps, on all pixels", lambda base: {"steps": base.steps + 4, "fraction": 1.0}),
+    "deeper": ("capacity control: a deeper reader", None),
 }
 FACTORS = ("route", "bias", "dense")
 COMBINED = [f"{a}+{b}" for a, b in itertools.combinations(FACTORS, 2)] + ["+".join(FACTORS)]
-DEAREST = ("route", "bias", "colour", "dense")             # the capacity control is no smaller and no faster than these
+DEAREST = ("route", "bias", "colour", "dense")             # the capacity control is larger and dearer than these
+COMPILE = {None: [], True: ["--compile"], False: ["--no-compile"]}
 
 
 def settings_of(base, changed: dict):
@@ -79,17 +74,33 @@ def cost(args, channels: int, classes: int) -> tuple[int, float]:
 
 
 def capacity_depth(base, channels: int, classes: int) -> int:
-    """The least depth of a reader whose model has at least the parameters and the FLOPs of the dearest lane."""
-    dearest = np.max([cost(settings_of(base, LANES[lane](base)), channels, classes) for lane in DEAREST], axis=0)
-    depth = base.reader_depth
-    while (np.array(cost(settings_of(base, {"reader_depth": depth}), channels, classes)) < dearest).any():
-        depth += 1
-    return depth
+    """The least depth of a reader whose model has at least the parameters of the dearest lane and a quarter more FLOPs, since the inner
+    loop's FLOPs take longer than the reader's. InputError: no depth that anybody would train (dense, on all of many pixels)."""
+    least = np.max([cost(settings_of(base, LANES[lane][1](base)), channels, classes) for lane in DEAREST], axis=0) * (1, 1.25)
+    for depth in range(base.reader_depth, 6 * max(1, base.reader_depth)):
+        if (np.array(cost(settings_of(base, {"reader_depth": depth}), channels, classes)) >= least).all():
+            return depth
+    raise train.InputError(f"--lanes deeper: its reader would need more than {depth} blocks to cost what dense costs, all pixels in place of a share of {base.fraction:g}; leave it out")
 
 
 def against(lane: str) -> str:
     """The lane that this one is compared with."""
-    return "baseline64" if lane.startswith("cluster") else "baseline"
+    return "baseline64" if any(part.startswith("cluster") for part in lane.split("+")) else "baseline"
+
+
+def in_order(lanes: list[str]) -> list[str]:
+    """The lanes asked for and those they are compared with, each once and baselines first; the parts of a joined one in one order."""
+    parts = [*FACTORS, *(part for part in LANES if part not in FACTORS)]
+    found = {"baseline"}
+    for lane in lanes:
+        unknown = [part for part in lane.split("+") if part not in LANES]
+        if unknown:
+            raise train.InputError(f"--lanes {lane}: there is no lane {unknown[0]}; there are {', '.join(LANES)}, and several joined by +")
+        if "+" in lane and (len(set(lane.split("+"))) < len(lane.split("+")) or "baseline" in lane):
+            raise train.InputError(f"--lanes {lane}: {'a baseline changes nothing that could be joined' if 'baseline' in lane else 'the same one twice'}")
+        lane = "+".join(sorted(lane.split("+"), key=parts.index))
+        found |= {lane, against(lane)}
+    return sorted(found, key=lambda lane: (list(LANES).index(lane) if lane in LANES else len(LANES), lane.count("+"), [parts.index(part) for part in lane.split("+")]))
 
 
 # ---- Runs ----------------------------------------------------------------------------------------------------------------
@@ -108,10 +119,10 @@ class Sweep:
     def __init__(self, folder: Path, base, lanes: list[str], seeds: list[int], threads: int, facts: tuple[int, list[str], int]):
         self.folder, self.base, self.lanes, self.seeds, self.threads = folder, base, lanes, seeds, threads
         self.shape, self.images = (facts[0], len(facts[1])), facts[2]
-        self.depth = capacity_depth(base, *self.shape)
+        self.depth = capacity_depth(base, *self.shape) if any("deeper" in lane.split("+") for lane in lanes) else None
         self.children, self.stopping, self.lock = set(), threading.Event(), None
 
-    def changes(self, part: str, seed: int) -> dict | None:
+    def change(self, part: str, seed: int) -> dict | None:
         if part == "deeper":
             return {"reader_depth": self.depth}
         if part == "column-random":
@@ -119,29 +130,51 @@ class Sweep:
         if part == "column":
             found = self.result("baseline", seed)
             return found and {"branch": f"column:{found['highest_column']}"}
-        return LANES[part](self.base)
+        return LANES[part][1](self.base)
 
     def args(self, lane: str, seed: int):
         """The settings of one run; None where they hang on a baseline that is not there yet."""
-        changes = [self.changes(part, seed) for part in lane.split("+")]
+        changes = [self.change(part, seed) for part in lane.split("+")]
         if None in changes:
             return None
-        changed = {key: value for change in changes for key, value in change.items()}
+        changed = {}
+        for key, value in (item for change in changes for item in change.items()):
+            if changed.setdefault(key, value) != value:
+                raise train.InputError(f"--lanes {lane}: two of its parts set --{key.replace('_', '-')}")
         args = settings_of(self.base, changed | {"seed": seed})
         known = json.dumps({key: value for key, value in vars(args).items() if key not in train.FREE}, sort_keys=True)
         args.out = str(self.folder / "runs" / f"{lane}-seed{seed}-{hashlib.sha256(known.encode()).hexdigest()[:8]}.pt")
         return args
 
+    def check(self):
+        """InputError: a lane that train.py would refuse, or that these settings make the same as what it is compared with."""
+        reference = {}
+        for lane in self.lanes:
+            args = self.args(lane, self.seeds[0])
+            if args is None:
+                continue
+            try:
+                train.settings({key: value for key, value in vars(args).items() if value is not None and value is not False})
+            except train.InputError as error:
+                raise train.InputError(f"--lanes {lane}: {error}") from error
+            if args.batch_size > self.images:
+                raise train.InputError(f"--lanes {lane}: batches of {args.batch_size}, but there are only {self.images} training images")
+            settings = {key: value for key, value in vars(args).items() if key not in train.FREE}
+            same = reference.setdefault(json.dumps(settings), lane)
+            if same != lane and not lane.startswith("baseline"):
+                raise train.InputError(f"--lanes {lane}: with these flags it is the same as {same}")
+
     def command(self, args) -> str:
         """What makes this run by itself, to the last bit on the same machine."""
-        return f"OMP_NUM_THREADS={self.threads} {train.command_line(args)}" + {None: "", True: " --compile", False: " --no-compile"}[args.compile]
+        alone = settings_of(args, {"out": Path(args.out).name.rsplit("-", 1)[0] + ".pt"})
+        return " ".join([f"OMP_NUM_THREADS={self.threads}", train.command_line(alone), *COMPILE[args.compile]])
 
     def result(self, lane: str, seed: int) -> dict | None:
         """What came out of a finished and diagnosed run."""
         args = self.args(lane, seed)
         with contextlib.suppress(FileNotFoundError):
             result = args and json.loads(diagnosis_path(args.out).read_text())
-            return result and result | {"lane": lane, "seed": seed, "command": self.command(args), "lost": result["permuted"][0]}
+            return result and result | {"lane": lane, "seed": seed, "command": self.command(args), "checkpoint": args.out}
         return None
 
     def call(self, command: list[str], log: Path, heard=lambda line: None):
@@ -150,7 +183,7 @@ class Sweep:
         with open(log, "a") as f:
             # A child keeps the folder's lock: no second sweep starts beside what a killed one left, which ends with its next line.
             child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                     errors="replace", env=environment, pass_fds=(self.lock.fileno(),) if self.lock else ())
+                                     errors="replace", env=environment, **({"pass_fds": (self.lock.fileno(),)} if fcntl else {}))
             self.children.add(child)
             if self.stopping.is_set():
                 child.terminate()
@@ -179,7 +212,7 @@ class Sweep:
                 heard(int(epoch) / args.epochs)
 
         if not there or "progress" in train.read_checkpoint(out):
-            flags = ["--resume", f"--out={out}"] if there else train.as_flags(vars(args) | {"compile": None}) + {None: [], True: ["--compile"], False: ["--no-compile"]}[args.compile]
+            flags = ["--resume", f"--out={out}"] if there else train.as_flags(vars(args) | {"compile": None}) + COMPILE[args.compile]
             self.call([str(HERE / "train.py"), *flags], log, listen)
         heard(1.0)
         if not diagnosis_path(out).exists():
@@ -192,7 +225,8 @@ class Sweep:
 
     def flops(self, lane: str) -> float:
         """Counted, of the whole training."""
-        args = settings_of(self.base, {"branch": "bias"}) if "column" in lane else self.args(lane, self.seeds[0])
+        alike = "+".join("bias" if part == "column" else part for part in lane.split("+"))             # as dear
+        args = self.args(alike, self.seeds[0])
         return cost(args, *self.shape)[1] * self.images * args.epochs
 
     def work(self, jobs: int) -> dict[tuple[str, int], str]:
@@ -222,9 +256,10 @@ class Sweep:
                     if not self.stopping.is_set():
                         failed[lane, seed] = str(error)
                         tqdm.write(f"{lane}, seed {seed} failed: {error}", file=sys.stderr)
+                    heard(1.0)
                 else:
                     found = self.result(lane, seed)
-                    tqdm.write(f"{lane:18s} seed {seed}  accuracy {100 * found['accuracy']:.2f}%  PSNR {found['psnr']:.2f} dB  "
+                    tqdm.write(f"{lane:18s} seed {seed}  accuracy {100 * found['reader']:.2f}%  PSNR {found['psnr']:.2f} dB  "
                                f"purity {found['purity']:.3f}  {found['seconds']:.0f} s", file=sys.stdout)
 
             before = {n: signal.signal(n, lambda n, _: (caught.append(n), self.stop())) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -259,33 +294,45 @@ def diagnose(path: str):
     model.bf16 = False                                     # small differences are compared
     data, test = train.load_dataset(args, device)
     bank, queries = diagnostics.bank_and_queries(diagnostics.fitter(model), data, test, device, args.workers)
-    bias = torch.cat([block.tokens[..., -1:] for block in queries.blocks()])
+    tokens = torch.cat([block.tokens for block in queries.blocks()])
 
-    def predict(donors=None):
-        """donors: of each image, the one whose bias column its tokens get."""
+    def predict(column: int = -1, donors=None):
+        """donors: of each image, the one whose column its tokens get."""
         found = []
         for block in queries.blocks():
-            rows = torch.arange(block.start, block.start + len(block.labels), device=device)
-            given = bias[rows if donors is None else donors.to(device)[rows]]
-            found.append(model.read(torch.cat([block.tokens[..., :-1], given], -1), colour=model.colour(block.images.flatten(2).mT)).argmax(-1))
+            rows, changed = torch.arange(block.start, block.start + len(block.labels), device=device), block.tokens.clone()
+            if donors is not None:
+                changed[..., column] = tokens[donors.to(device)[rows], :, column]
+            found.append(model.read(changed, colour=model.colour(block.images.flatten(2).mT)).argmax(-1))
         return torch.cat(found)
 
     guess, labels = predict(), queries.labels
     right = guess == labels
-    moved = [predict(diagnostics.donors(labels, "any", repeat, 0)) == labels for repeat in range(5)]
+
+    def lost(column):
+        """Accuracy with the column permuted over the images, five times."""
+        moved = [predict(column, diagnostics.donors(labels, "any", repeat, 0)) == labels for repeat in range(5)]
+        return diagnostics.bootstrap(torch.stack([right.double() - m.double() for m in moved], 1), diagnostics.over_repeats())
+
     mean = sum(block.tokens.sum(0, dtype=torch.float64) for block in bank.blocks()).float() / len(bank)
     energy = sum((block.tokens - mean).square().sum((0, 1)) for block in bank.blocks())                # of each column
+    highest = int(energy[:-1].argmax())
+    known = torch.cat([block.tokens[..., -1] for block in bank.blocks()])
+    centre, components, _ = diagnostics.principal(known)
+    colours = [torch.cat([block.images.mean((2, 3)) for block in fits.blocks()]) for fits in (bank, queries)]
+    told = diagnostics.regression((known - centre) @ components[:, :4], colours[0], (tokens[..., -1] - centre) @ components[:, :4], colours[1])
     coordinates = diagnostics.weight_coordinates(bank, args.depth, model.siren.hidden.flatten(0, 1), model.reader.beta)
     untrained = train.build_model(args, data.channels, len(data.classes)).reader.to(device).requires_grad_(False)
     clustering = diagnostics.clustering(coordinates, bank, queries, guess)
-    flow = diagnostics.token_flow(model.read, untrained, bank, queries, flattened=False)
+    flow = diagnostics.token_flow(model.read, untrained, bank, queries, flattened=False)               # of the weights alone: no colour branch
     parameters, flops = cost(args, data.channels, len(data.classes))
+    permuted = lost(-1)
     diagnostics.save(diagnosis_path(path), {
         "name": Path(path).stem, "training": vars(args), "reader": float(right.double().mean()), "right": "".join(map(str, right.int().tolist())),
-        "accuracy": content["metrics"]["test_accuracy"], "psnr": content["metrics"]["test_psnr"], "seconds": content["metrics"]["seconds"],
-        "parameters": parameters, "gflop_per_image": flops / 1e9, "purity": clustering["purity"], "last_knn10": flow["rows"][-1]["pooled_knn10"],
-        "permuted": diagnostics.bootstrap(torch.stack([right.double() - m.double() for m in moved], 1), diagnostics.over_repeats()),
-        "highest_column": int(energy[:-1].argmax()), "experiments": {"clustering": clustering, "token-flow": flow}, **train.environment(device)})
+        "psnr": content["metrics"]["test_psnr"], "seconds": content["metrics"]["seconds"], "parameters": parameters, "gflop_per_image": flops / 1e9,
+        "purity": clustering["purity"], "gap": clustering["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"], "permuted": permuted, "lost": permuted[0],
+        "highest_column": highest, "highest_permuted": lost(highest), "colour_r2": float(np.mean([r2[0] for r2 in told if r2])),
+        "experiments": {"clustering": clustering, "token-flow": flow}, **train.environment(device)})
 
 
 # ---- Statistics ----------------------------------------------------------------------------------------------------------
@@ -310,18 +357,31 @@ def log_odds(p, n: int):
     return np.log((p * n + 0.5) / (n - p * n + 0.5))
 
 
+def additive(cell: tuple[int, ...]) -> np.ndarray:
+    """Coefficients (8,) over CELLS of the baseline plus the gains of the cell's factors taken singly."""
+    c = np.zeros(len(CELLS))
+    c[0] = 1 - sum(cell)
+    for f, on in enumerate(cell):
+        c[CELLS.index(tuple(int(g == f) for g in range(len(cell))))] += on
+    return c
+
+
+# What is asked of the eight cells: effects and interactions; and of each joined cell, what it has beyond the single gains.
+ASKED = {" x ".join(FACTORS[f] for f in subset): contrast(subset) for subset in SUBSETS} | {
+    f"{lane_of(cell)} - additive": np.array([float(other == cell) for other in CELLS]) - additive(cell) for cell in CELLS if sum(cell) > 1}
+
+
 def factorial(y: np.ndarray) -> dict[str, tuple[float, float | None, float | None]]:
-    """Main effects and interactions of y (8 cells as CELLS, seeds): (value, low, high), 95% t intervals from the pooled residual of
-    cells + seeds, (8 - 1)(seeds - 1) degrees of freedom. With one seed there is no residual: low and high are None."""
+    """ASKED of y (8 cells as CELLS, seeds): (value, low, high), 95% t intervals from the pooled residual of cells + seeds,
+    (8 - 1)(seeds - 1) degrees of freedom. With one seed there is no residual: low and high are None."""
     cells, seeds = y.shape
     residual = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
     freedom = (cells - 1) * (seeds - 1)
     result = {}
-    for subset in SUBSETS:
-        c = contrast(subset)
+    for name, c in ASKED.items():
         value = float(c @ y.mean(1))
         half = diagnostics.t_quantile(freedom) * math.sqrt(float((residual ** 2).sum()) / freedom * float(c @ c) / seeds) if freedom else None
-        result[" x ".join(FACTORS[f] for f in subset)] = (value, None, None) if half is None else (value, value - half, value + half)
+        result[name] = (value, None, None) if half is None else (value, value - half, value + half)
     return result
 
 
@@ -329,7 +389,7 @@ def factorial_over_images(right: torch.Tensor, odds: bool = False) -> dict[str, 
     """The same for one seed: intervals over the test images, right (n, 8), by the paired bootstrap."""
     n = len(right)
     scale = (lambda m: torch.log((m * n + 0.5) / (n - m * n + 0.5))) if odds else (lambda m: m)
-    return {" x ".join(FACTORS[f] for f in subset): diagnostics.bootstrap(right, lambda m, c=torch.from_numpy(contrast(subset)): scale(m) @ c) for subset in SUBSETS}
+    return {name: diagnostics.bootstrap(right, lambda m, c=torch.from_numpy(c): scale(m) @ c) for name, c in ASKED.items()}
 
 
 def hits(result: dict) -> torch.Tensor:
@@ -338,7 +398,7 @@ def hits(result: dict) -> torch.Tensor:
 
 
 def difference(found: dict[str, list[dict]], lane: str, other: str, key: str = "reader") -> dict | None:
-    """lane - other, paired by seed: its t interval, or with one seed, of accuracies, the interval over images."""
+    """lane - other, paired over the seeds that both have: its t interval; with one seed, of accuracies, the interval over images."""
     pairs = [(a, b) for a in found.get(lane, []) for b in found.get(other, []) if a["seed"] == b["seed"]]
     if not pairs or lane == other:
         return None
@@ -348,103 +408,117 @@ def difference(found: dict[str, list[dict]], lane: str, other: str, key: str = "
     return {"lane": lane, "minus": other, "seeds": len(pairs), "interval": interval}
 
 
+MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "colour_r2", "seconds")
+
+
 def summarise(found: dict[str, list[dict]]) -> dict:
-    """All figures of the report. found: each lane's results, a seed each."""
+    """All figures of the report. found: each lane's results, one a seed."""
     report = {"lanes": [], "controls": [], "factorial": None}
     for lane, results in found.items():
-        column = lambda key: np.array([r[key] for r in results], dtype=float)
-        mean_sd = lambda key: (float(column(key).mean()), float(column(key).std(ddof=1)) if len(results) > 1 else None)
-        report["lanes"].append({"lane": lane, "n": len(results), "accuracy": mean_sd("reader"), "difference": difference(found, lane, against(lane)), "minus": against(lane),
-                                "purity_difference": difference(found, lane, against(lane), "purity"), "psnr": mean_sd("psnr"), "purity": mean_sd("purity"),
-                                "last_knn10": mean_sd("last_knn10"), "permuted": mean_sd("lost"), "parameters": results[0]["parameters"],
-                                "gflop_per_image": results[0]["gflop_per_image"], "seconds": mean_sd("seconds")})
-        if lane != "deeper" and not lane.startswith("cluster") and lane in (*FACTORS, *COMBINED):
-            control = difference(found, lane, "deeper")
-            report["controls"] += [control] if control else []
+        row = {"lane": lane, "n": len(results), "minus": against(lane), "difference": difference(found, lane, against(lane)), "purity_difference": difference(found, lane, against(lane), "purity")}
+        for key in MEASURED:
+            values = np.array([r[key] for r in results], dtype=float)
+            row[key] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
+        report["lanes"].append(row | {key: results[0][key] for key in ("parameters", "gflop_per_image")})
+        if lane in (*FACTORS, *COMBINED) and (control := difference(found, lane, "deeper")):
+            control["dearer"] = any(results[0][key] > found["deeper"][0][key] for key in ("parameters", "gflop_per_image"))
+            report["controls"].append(control)
+    pairs = (("bias", "column"), ("bias", "column-random"), ("colour", "centred"))
+    report["pairs"] = [pair for pair in (difference(found, *names) for names in pairs) if pair]
     cells = [lane_of(cell) for cell in CELLS]
     seeds = sorted(set.intersection(*({r["seed"] for r in found.get(lane, [])} for lane in cells)))
     if seeds:
         of = {(r["lane"], r["seed"]): r for lane in cells for r in found[lane]}
         y = np.array([[of[lane, seed]["reader"] for seed in seeds] for lane in cells])
-        n = len(of[cells[0], seeds[0]]["right"])
         if len(seeds) > 1:
-            effects, odds = factorial(y), factorial(log_odds(y, n))
+            scales = factorial(y), factorial(log_odds(y, len(of[cells[0], seeds[0]]["right"])))
         else:
             right = torch.stack([hits(of[lane, seeds[0]]) for lane in cells], 1)
-            effects, odds = factorial_over_images(right), factorial_over_images(right, odds=True)
-        mean = y.mean(1)
-        single = {f: mean[cells.index(FACTORS[f])] - mean[0] for f in range(len(FACTORS))}
-        report["factorial"] = {"seeds": len(seeds), "accuracy": effects, "log_odds": odds, "cells": [
-            {"lane": lane, "measured": float(m), "additive": float(mean[0] + sum(single[f] for f, on in enumerate(cell) if on))} for lane, cell, m in zip(cells, CELLS, mean)]}
+            scales = factorial_over_images(right), factorial_over_images(right, odds=True)
+        report["factorial"] = {"seeds": len(seeds), "accuracy": scales[0], "log_odds": scales[1], "cells": [
+            {"lane": lane, "measured": float(m), "additive": float(additive(cell) @ y.mean(1))} for lane, cell, m in zip(cells, CELLS, y.mean(1))]}
     report["across"] = diagnostics.across(diagnostics.points([r for results in found.values() for r in results]))
     return report
 
 
-def claims(report: dict) -> list[str]:
-    """One line a claim, by the rules printed with them."""
-    across, span, side, lines = report["across"], diagnostics.span, diagnostics.side, []
-    about = lambda n: f"over {n} seeds" if n > 1 else "over test images, one seed: it says nothing about the method"
-    lines += [v for v in across["verdicts"] if v.split(":")[0] in ("C1, baseline", "C2, baseline")]
+# ---- Report --------------------------------------------------------------------------------------------------------------
+
+def shown(interval, factor: float = 1, digits: int = 1) -> str:
+    """value [low, high], or the value alone."""
+    return "none" if interval is None else diagnostics.span(interval, factor, digits) if interval[1] is not None else f"{factor * interval[0]:+.{digits}f}"
+
+
+def claims(report: dict, images: str = "test images") -> list[str]:
+    """What the runs say about C1, C2 and C4, by the rules printed with it. A verdict needs three seeds."""
+    across, side, by = report["across"], diagnostics.side, {row["lane"]: row for row in report["lanes"]}
+    about = lambda n: f"over {n} seeds" if n > 1 else f"over {images}, one seed"
+    few = "not decided here (fewer than three seeds)"
+    lines = [verdict for verdict in across["verdicts"] if verdict.split(":")[0] in ("C1, baseline", "C2, baseline")]
     if not lines:
         rho = {key: (c or {}).get("spearman", {}) for key, c in across["correlations"].items()}
         purity, last = rho.get("purity", {}).get("phi - theta"), rho.get("stage purity", {}).get("last - first")
-        lines += [f"C1: not decided here (fewer than three seeds). Spearman's rho(purity of phi - theta, accuracy) {span(purity, 1, 2)} over {across['models']} models of one architecture (rule: < 0.5)",
-                  f"C2: not decided here (fewer than three seeds). rho(purity at the last stage) - rho(purity of phi - theta) {span(last, 1, 2)} (rule: > 0)"]
+        models = f"over {across['models']} models of one architecture" if purity else "too few models"
+        lines = [f"C1: {few}. Reader - best geometry {100 * by['baseline']['gap'][0]:+.1f} points (rule: > 2); Spearman's rho(purity of phi - theta, accuracy) {shown(purity, 1, 2)}, {models} (rule: < 0.5)"] if "baseline" in by else []
+        lines.append(f"C2: {few}. rho(purity at the last stage) - rho(purity of phi - theta) {shown(last, 1, 2)}, {models} (rule: > 0)")
+    lines += [f"C1: purity of phi - theta, w_task {pair['w_task']:g} minus 0, same seeds: {shown(pair['interval'] or (pair['mean'], None, None), 1, 3)}, n = {pair['n']}" for pair in across.get("pairs", [])]
     for row in report["lanes"]:
         if row["lane"].startswith("cluster") and row["difference"]:
-            lines.append(f"C1, {row['lane']}: purity of phi - theta {shown(row['purity_difference']['interval'], 1, 3)}, accuracy {span(row['difference']['interval'], 100)} points against {row['minus']}, "
+            lines.append(f"C1, {row['lane']} against {row['minus']}: purity of phi - theta {shown(row['purity_difference']['interval'], 1, 3)}, accuracy {shown(row['difference']['interval'], 100)} points, "
                          + about(row["difference"]["seeds"]))
     for control in report["controls"]:
-        sign = side(control["interval"], 0)
-        verdict = {1: "supported", -1: "refuted", 0: "not decided here"}[sign] if control["seeds"] >= 3 else "not decided here (fewer than three seeds)"
-        lines.append(f"C4, {control['lane']}: {verdict}. Accuracy - that of the capacity control {span(control['interval'], 100)} points, {about(control['seeds'])} (rule: > 0, refuted < 0)")
-    if report["factorial"]:
-        found = report["factorial"]
-        both = [name for name in found["accuracy"] if "x" in name and all(side(found[scale][name], 0) for scale in ("accuracy", "log_odds"))]
-        lines.append(f"C4, adding up: {'not additive: ' + ', '.join(both) if both else 'no interaction excludes 0 in accuracy and in log-odds'}; " + about(found["seeds"])
-                     + " (rule: not additive if an interaction excludes 0 in both)")
+        verdict = {1: "supported", -1: "refuted", 0: "not decided here"}[side(control["interval"], 0)] if control["seeds"] >= 3 else few
+        lines.append(f"C4, {control['lane']}: {verdict}. Accuracy - that of the capacity control {shown(control['interval'], 100)} points, {about(control['seeds'])} (rule: > 0, refuted < 0)"
+                     + ("; this lane is dearer than the control" if control["dearer"] else ""))
+    if found := report["factorial"]:
+        both = [name for name in found["accuracy"] if " x " in name and side(found["accuracy"][name], 0) == side(found["log_odds"][name], 0) != 0]
+        what = f"interactions that exclude 0 in accuracy and in log-odds: {', '.join(both) or 'none'}, {about(found['seeds'])} (rule: not additive if there is one)"
+        lines.append(f"C4, adding up: {few if found['seeds'] < 3 else 'not additive' if both else 'not decided here'}; {what}")
+    lines += [f"{pair['lane']} - {pair['minus']}: accuracy {shown(pair['interval'], 100)} points, {about(pair['seeds'])}" for pair in report["pairs"]]
+    if len(report["controls"]) > 1:
+        lines.append("Intervals are of one comparison each: not corrected for their number.")
     return lines
 
 
-# ---- Report --------------------------------------------------------------------------------------------------------------
-
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown with its columns aligned, so that it reads on a terminal too; all but the first are flush right."""
+    """Markdown with its columns aligned, so that it reads on a terminal too; numbers are flush right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    line = lambda cells: "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
-    return "\n".join([line(header), "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|", *map(line, rows)])
+    left = [i == 0 or name in ("flags", "what changes") for i, name in enumerate(header)]
+    line = lambda cells: "| " + " | ".join(c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left)) + " |"
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left)) + "|", *map(line, rows)])
 
 
 def plus_minus(pair, factor: float = 1, digits: int = 1) -> str:
     return " ± ".join(f"{factor * x:.{digits}f}" for x in pair if x is not None)
 
 
-def shown(interval, factor: float = 1, digits: int = 1) -> str:
-    """value [low, high], or the value alone."""
-    return diagnostics.span(interval, factor, digits) if interval[1] is not None else f"{factor * interval[0]:+.{digits}f}"
-
-
 def lane_table(report: dict) -> str:
-    rows = [[r["lane"], str(r["n"]), plus_minus(r["accuracy"], 100), shown(r["difference"]["interval"], 100) if r["difference"] else "",
-             plus_minus(r["psnr"][:1]), plus_minus(r["purity"][:1], 1, 3), plus_minus(r["last_knn10"][:1], 100), plus_minus(r["permuted"][:1], 100)] for r in report["lanes"]]
-    return table(["lane", "n", "accuracy %", "- baseline", "PSNR", "purity", "10-NN", "bias"], rows)
+    rows = [[r["lane"], str(r["n"]), plus_minus(r["reader"], 100), shown(r["difference"]["interval"], 100) if r["difference"] else "", plus_minus(r["psnr"][:1]),
+             plus_minus(r["purity"][:1], 1, 3), plus_minus(r["last_knn10"][:1], 100), plus_minus(r["lost"][:1], 100)] for r in report["lanes"]]
+    return table(["lane", "n", "accuracy %", "- baseline", "PSNR", "purity", "10-NN", "lost"], rows)
+
+
+def columns_text(sweep: Sweep, images: str) -> str:
+    return (f"n: seeds. accuracy: of the reader on {images}, mean ± sd over seeds; - baseline: points, paired over the seeds that both have, [95% t interval], with one seed [over {images}] "
+            f"(lanes cluster...: against baseline64). PSNR in dB{', an estimate over drawn pixels' if sweep.base.fraction < 1 else ''}. purity: share of an image's 10 nearest {images} in phi - theta that have its "
+            "class. 10-NN: % at the reader's last stage, mean over tokens (over the queries where there are some), a branch left out. lost: points of accuracy with the bias column permuted over the images.")
 
 
 def cost_table(report: dict, found: dict[str, list[dict]], base) -> str:
-    def flags(lane):
-        return " ".join(train.as_flags({key: value for key, value in found[lane][0]["training"].items() if key not in train.FREE | {"seed"} and value != getattr(base, key)}))
-    return table(["lane", "flags", "parameters", "GFLOP an image", "training, s"],
-                 [[r["lane"], f"`{flags(r['lane'])}`" if flags(r["lane"]) else "", f"{r['parameters']:,}", f"{r['gflop_per_image']:.3f}", plus_minus(r["seconds"], 1, 0)] for r in report["lanes"]])
+    rows = []
+    for r in report["lanes"]:
+        flags = train.as_flags({key: value for key, value in found[r["lane"]][0]["training"].items() if key not in train.FREE | {"seed"} and value != getattr(base, key)})
+        what = " and ".join(LANES[part][0] for part in r["lane"].split("+"))
+        rows.append([r["lane"], what, f"`{' '.join(flags)}`" if flags else "", f"{r['parameters']:,}", f"{r['gflop_per_image']:.3g}", plus_minus(r["seconds"], 1, 0), plus_minus(r["colour_r2"], 1, 2)])
+    return table(["lane", "what changes", "flags", "parameters", "GFLOP an image", "training, s", "colour R²"], rows)
 
 
 def factorial_table(found: dict) -> str:
-    return table(["effect", "accuracy, points", "log-odds"], [[name, shown(found["accuracy"][name], 100, 1), shown(found["log_odds"][name], 1, 3)] for name in found["accuracy"]]) + "\n\n" + table(
+    return table(["", "accuracy, points", "log-odds"], [[name, shown(found["accuracy"][name], 100, 1), shown(found["log_odds"][name], 1, 3)] for name in found["accuracy"]]) + "\n\n" + table(
         ["cell", "measured %", "singles added up %"], [[c["lane"], f"{100 * c['measured']:.1f}", f"{100 * c['additive']:.1f}"] for c in found["cells"]])
 
 
-COLUMNS = """accuracy: of the reader on test images, mean ± sd over n seeds; - baseline: paired by seed, points, [95% t interval], with one seed
-[over test images] (lanes cluster...: against baseline64); PSNR in dB; purity: share of the 10 nearest test images in phi - theta that
-have an image's class; 10-NN: at the reader's last stage, mean over tokens, %; bias: accuracy lost with the bias column permuted, points."""
+ABOUT = """C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader's accuracy. C2: purity goes with accuracy only at late
+stages of the reader. C4: a stronger readout (route), a bias route (bias), denser fitting (dense) help beyond a deeper reader of the same cost, and do not add up."""
 
 
 def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
@@ -454,98 +528,115 @@ def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
     missing = [f"{lane} seed {seed}" for lane in sweep.lanes for seed in sweep.seeds if seed not in [r["seed"] for r in found.get(lane, [])]]
     if not found:
         return False
-    report, everything = summarise(found), [r for results in found.values() for r in results]
-    n = len(everything[0]["right"])
-    figures = {"lanes.png": lanes_figure, "clusters.png": clusters_figure, "factorial.png": factorial_figure, "population.png": population_figure}
-    drawn = [name for name, draw in figures.items() if draw(sweep.folder / name, report)]
+    report, runs = summarise(found), [r for results in found.values() for r in results]
+    images = "held-out training images" if sweep.base.val else "test images"
+    figures = {"lanes.png": (lanes_figure, "Accuracy less the baseline's"), "clusters.png": (clusters_figure, "Purity of the weights against accuracy"),
+               "factorial.png": (factorial_figure, "Effects and interactions of the three factors"), "population.png": (population_figure, "Which stage's purity goes with accuracy")}
+    drawn = [name for name, (draw, _) in figures.items() if draw(sweep.folder / name, report, images)]
     for name in set(figures) - set(drawn):
-        (sweep.folder / name).unlink(missing_ok=True)
-    lines = claims(report)
-    hardware = sorted({f"{r['device']}, {r['threads']} threads a run, torch {r['versions']['torch']}" for r in everything})
+        (sweep.folder / name).unlink(missing_ok=True)      # an earlier report's
+    lines, columns = claims(report, images), columns_text(sweep, images)
+    hardware = sorted({f"{r['device']}, {r['threads']} threads a run, torch {r['versions']['torch']}" for r in runs})
     text = [f"# Interventions on {sweep.base.dataset}, {sweep.base.size}x{sweep.base.size} pixels", f"`{about['command']}`",
-            f"{len(everything)} runs of {len(found)} lanes, {len(sweep.seeds)} seed{'s' * (len(sweep.seeds) > 1)}; {n} test images; {'; '.join(hardware)}."
-            + (f" Not there: {', '.join(missing)}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
-            lane_table(report), COLUMNS, "## Claims", "\n".join(f"- {line}" for line in lines)]
-    captions = {"lanes.png": "Accuracy less the baseline's", "clusters.png": "Purity of the weights against accuracy", "factorial.png": "Effects and interactions of the three factors",
-                "population.png": "Which stage's purity goes with accuracy"}
-    text += [f"![{captions[name]}]({name})" for name in drawn]
-    text += ["## Do gains add up", factorial_table(report["factorial"])] if report["factorial"] else []
-    text += ["## Cost", cost_table(report, found, sweep.base), "## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```\n" + "\n".join(r["command"] for r in everything) + "\n```"]
+            f"Lanes: {len(found)}; seeds: {', '.join(map(str, sweep.seeds))}; runs: {len(runs)}; {len(runs[0]['right'])} {images}; {'; '.join(hardware)}."
+            + (f" Not finished: {', '.join(missing)}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
+            lane_table(report), columns, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines), *(f"![{figures[name][1]}]({name})" for name in drawn)]
+    if report["factorial"]:
+        text += ["## Do gains add up", "A factor alone: accuracy with it less without it, over the four settings of the other two; a x b: the difference of such differences; "
+                 "a+b - additive: what the joined lane has beyond the baseline plus the gains of its single lanes.", factorial_table(report["factorial"])]
+    text += ["## Cost", "training: wall time of the run, beside whatever else ran; colour R²: how well four principal components of the bias column tell an image's mean colour, on images not fitted to.",
+             cost_table(report, found, sweep.base), "## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```\n" + "\n".join(r["command"] for r in runs) + "\n```"]
     (sweep.folder / "report.md").write_text("\n\n".join(text) + "\n")
-    diagnostics.save(sweep.folder / "report.json", about | {"failed": {f"{lane}, seed {seed}": words for (lane, seed), words in failed.items()}, "missing": missing, "claims": lines, **report, "runs": [
-        {key: r[key] for key in ("lane", "seed", "command", "reader", "psnr", "purity", "last_knn10", "permuted", "parameters", "gflop_per_image", "seconds", "device", "threads", "versions")} for r in everything]})
-    print("\n\n".join([lane_table(report), diagnostics.fold(" ".join(COLUMNS.split())), diagnostics.fold("\n".join(lines))]))
+    kept = ("lane", "seed", "command", "checkpoint", *MEASURED, "permuted", "highest_column", "highest_permuted", "parameters", "gflop_per_image", "device", "threads", "versions")
+    diagnostics.save(sweep.folder / "report.json", about | {"failed": {f"{lane}, seed {seed}": words for (lane, seed), words in failed.items()}, "missing": missing, "claims": lines, **report,
+                                                            "runs": [{key: r[key] for key in kept} for r in runs]})
+    print("\n\n".join([lane_table(report), diagnostics.fold(columns), diagnostics.fold("\n".join(lines))]))
     print(f"wrote {', '.join(f'{sweep.folder}/{name}' for name in ('report.md', 'report.json', *drawn))}")
     return True
 
 
 # ---- Figures: each returns whether there was anything to draw ------------------------------------------------------------
 
-def lanes_figure(path: Path, report: dict) -> bool:
-    rows = [(r["lane"], r["difference"]) for r in report["lanes"] if r["difference"]]
+def dots(axis, names: list[str], intervals: list, seeds: list[int], factor: float = 100):
+    """One row each, first on top: the value and its interval; a hollow one is over images."""
+    for i, (interval, n) in enumerate(zip(intervals, seeds)):
+        value, low, high = (None if x is None else factor * x for x in interval)
+        if low is not None:
+            axis.plot([low, high], [i, i], color="black", linewidth=1.2)
+        axis.plot(value, i, "s" if " x " in names[i] or "additive" in names[i] else "o", color="C1" if names[i] == "deeper" else "C0", markerfacecolor=None if n > 1 else "white")
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.grid(alpha=0.3)
+
+
+def lanes_figure(path: Path, report: dict, images: str) -> bool:
+    rows = [r for r in report["lanes"] if r["difference"]]
     if rows:
         figure, (axis,) = diagnostics.canvas(1, 1, 8, 1.5 + 0.28 * len(rows))
-        diagnostics.bars(axis, [lane for lane, _ in rows], [d["interval"] for _, d in rows], ["C1" if lane == "deeper" else "C0" for lane, _ in rows])
+        dots(axis, [r["lane"] for r in rows], [r["difference"]["interval"] for r in rows], [r["difference"]["seeds"] for r in rows])
         axis.set_xlabel("accuracy - that of its baseline (points)")
-        axis.set_title("95% intervals " + ("over seeds" if rows[0][1]["seeds"] > 1 else "over test images, one seed") + "; orange: capacity control", fontsize=10)
+        axis.set_title(f"95% intervals: filled, over seeds; hollow, one seed, over {images}\norange: the capacity control", fontsize=10)
         figure.savefig(path)
     return bool(rows)
 
 
-def clusters_figure(path: Path, report: dict) -> bool:
+def clusters_figure(path: Path, report: dict, images: str) -> bool:
     """Purity of phi - theta against accuracy as the weight of the class loss, or of the contrastive loss, grows."""
     by = {r["lane"]: r for r in report["lanes"]}
-    series = {"weight of the class loss (w_task)": [lane for lane in ("wt", "task0.001", "baseline", "task0.1", "task1", "task10") if lane in by],
-              "weight of the contrastive loss (w_cluster), batches of 64": [lane for lane in ("baseline64", "cluster0.01", "cluster0.1", "cluster1") if lane in by]}
+    series = {"w_task, weight of the class loss": {"wt": "0", "task0.001": "0.001", "baseline": "0.01", "task0.1": "0.1", "task1": "1", "task10": "10"},
+              "w_cluster, weight of the contrastive loss (batches of 64)": {"baseline64": "0", "cluster0.01": "0.01", "cluster0.1": "0.1", "cluster1": "1"}}
+    series = {title: {lane: name for lane, name in lanes.items() if lane in by} for title, lanes in series.items()}
     if max(map(len, series.values())) < 2:
         return False
-    figure, (axis,) = diagnostics.canvas(1, 1, 8, 5.2)
-    for (title, lanes), style, color in zip(series.items(), ("o-", "s--"), ("C0", "C3")):
-        if lanes:
-            x, y = ([by[lane][key] for lane in lanes] for key in ("purity", "accuracy"))
-            axis.errorbar([m for m, _ in x], [100 * m for m, _ in y], xerr=[sd or 0 for _, sd in x], yerr=[100 * (sd or 0) for _, sd in y], fmt=style, color=color, capsize=2, alpha=0.8, label=title)
-            for lane, (px, _), (py, _) in zip(lanes, x, y):
-                axis.annotate(lane, (px, 100 * py), textcoords="offset points", xytext=(5, 5 if style == "o-" else -11), fontsize=8, color=color)
-    axis.set_xlabel("neighbour purity of phi - theta (share of 10 nearest test images)")
-    axis.set_ylabel("reader accuracy (%)")
-    axis.set_title("Does accuracy follow purity? " + ("Bars: sd over seeds" if report["lanes"][0]["n"] > 1 else "One seed"), fontsize=10)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    axis.margins(0.12)
+    figure, axes = diagnostics.canvas(1, 2, 11, 4.6, sharey=True)
+    for axis, (title, lanes) in zip(axes, series.items()):
+        x, y = ([by[lane][key] for lane in lanes] for key in ("purity", "reader"))
+        axis.plot([m for m, _ in x], [100 * m for m, _ in y], color="C0", alpha=0.4)
+        for lane, (px, sx), (py, sy) in zip(lanes, x, y):
+            axis.errorbar(px, 100 * py, xerr=sx, yerr=sy and 100 * sy, fmt="o", color="C0", capsize=2)
+        for k, (name, (px, _), (py, _)) in enumerate(zip(lanes.values(), x, y)):
+            axis.annotate(name, (px, 100 * py), textcoords="offset points", xytext=(4, 6 if k % 2 else -13), fontsize=9)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(f"purity of phi - theta (share of 10 nearest {images})")
+        axis.grid(alpha=0.3)
+        axis.margins(0.12)
+    axes[0].set_ylabel("reader accuracy (%)")
+    figure.suptitle("Does accuracy follow purity? A point is a lane, named by its weight; bars: sd over seeds where there are several", fontsize=10)
     figure.savefig(path)
     return True
 
 
-def factorial_figure(path: Path, report: dict) -> bool:
+def factorial_figure(path: Path, report: dict, images: str) -> bool:
     found = report["factorial"]
     if not found:
         return False
-    figure, axes = diagnostics.canvas(1, 3, 14, 4.2)
+    figure, axes = diagnostics.canvas(1, 3, 15, 4.4)
     for axis, scale, factor, label in zip(axes, ("accuracy", "log_odds"), (100, 1), ("points of accuracy", "log-odds")):
-        for i, (name, (value, low, high)) in enumerate(found[scale].items()):
-            if low is not None:
-                axis.plot([factor * low, factor * high], [i, i], color="black", linewidth=1.2)
-            axis.plot(factor * value, i, "s" if "x" in name else "o", color="C1" if "x" in name else "C0")
-        axis.set_yticks(range(len(found[scale])), list(found[scale]), fontsize=9)
-        axis.invert_yaxis()
-        axis.axvline(0, color="grey", linewidth=0.8)
+        names = [name for name in found[scale] if "additive" not in name]
+        dots(axis, names, [found[scale][name] for name in names], [found["seeds"]] * len(names), factor)
         axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_title("Main effects (circles) and interactions (squares)\n95% intervals " + (f"over {found['seeds']} seeds, pooled residual" if found["seeds"] > 1 else "over test images, one seed"), fontsize=10)
+        axis.set_title("Main effects (circles), interactions (squares)", fontsize=10)
     cells = found["cells"]
+    for i, cell in enumerate(cells):
+        value, low, high = found["accuracy"].get(f"{cell['lane']} - additive", (0, None, None))
+        if low is not None:        # the interval of the difference, around what was measured
+            axes[2].plot([100 * (cell["measured"] + low - value), 100 * (cell["measured"] + high - value)], [i, i], color="black", linewidth=1.2)
     axes[2].plot([100 * c["measured"] for c in cells], range(len(cells)), "o", label="measured")
-    axes[2].plot([100 * c["additive"] for c in cells], range(len(cells)), "D", markerfacecolor="none", color="C3", label="baseline + gains of the singles")
+    axes[2].plot([100 * c["additive"] for c in cells], range(len(cells)), "D", markerfacecolor="none", color="C3", label="baseline + single gains")
     axes[2].set_yticks(range(len(cells)), [c["lane"] for c in cells], fontsize=9)
-    axes[2].invert_yaxis()
+    axes[2].set_ylim(len(cells) - 0.4, -1.6)
     axes[2].set_xlabel("accuracy (%)")
+    axes[2].set_title("Do gains add up? Bars: of the difference", fontsize=10)
     axes[2].grid(alpha=0.3)
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc="upper center", ncols=2)
+    figure.suptitle("95% intervals " + (f"over {found['seeds']} seeds, pooled residual" if found["seeds"] > 1 else f"over {images}, one seed"), fontsize=11)
     figure.savefig(path)
     return True
 
 
-def population_figure(path: Path, report: dict) -> bool:
-    if len(report["across"]["points"]) < 2:
+def population_figure(path: Path, report: dict, images: str) -> bool:
+    if not any(report["across"]["correlations"].values()):
         return False
     diagnostics.models_figure(path, report["across"])
     return True
@@ -566,94 +657,81 @@ def parser() -> train.Parser:
     group.add_argument("--jobs", type=train.whole(1), help="runs at a time (default 1)")
     group.add_argument("--report-only", action="store_true", help="tables and figures of what is in --out")
     group.add_argument("--out", help="folder of the sweep")
+    for name in UNUSED:
+        p.add_argument("--" + name.replace("_", "-"), nargs="?", const=True, help=argparse.SUPPRESS)
     return p
 
 
-def in_order(lanes: list[str]) -> list[str]:
-    """The lanes asked for and those they are compared with, each once, baselines first."""
-    for lane in lanes:
-        unknown = [part for part in lane.split("+") if part not in LANES]
-        if unknown or len(set(lane.split("+"))) < len(lane.split("+")):
-            raise train.InputError(f"--lanes {lane}: {f'there is no lane {unknown[0]}' if unknown else 'the same one twice'}; there are {', '.join(LANES)}, and several joined by +")
-    wanted = {"baseline", *lanes, *map(against, lanes)}
-    return sorted(wanted, key=lambda lane: (list(LANES).index(lane) if lane in LANES else len(LANES), lane.count("+"), lane))
-
-
 def read_mark(folder: Path) -> dict | None:
-    """What the folder's sweep is. InputError: a folder with something else in it."""
+    """What the folder's sweep is; None where there is none yet. InputError: a folder with something else in it."""
     try:
         mark = json.loads((folder / "sweep.json").read_text())
-        if mark["format"] == MARK and mark["version"] == VERSION:
+        if mark["format"] == MARK and mark["version"] == VERSION and set(mark) >= {"command", "threads", "settings", "facts", "lanes", "seeds"}:
             return mark
     except FileNotFoundError:
-        if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        if not folder.exists() and folder.parent.is_dir() or folder.is_dir() and not any(folder.iterdir()):
             return None
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise train.InputError(f"--out {folder}: holds something else than a sweep of this program; name another folder")
+    raise train.InputError(f"--out {folder}: " + ("holds something else than a sweep of this program; name another folder" if folder.exists() else f"there is no folder {folder.parent}"))
+
+
+def report_again(folder: Path, given: dict):
+    mark = read_mark(folder)
+    if mark is None:
+        raise train.InputError(f"--out {folder}: no sweep there")
+    if set(given) - {"out", "report_only"}:
+        raise train.InputError("--report-only takes --out alone: the folder knows its sweep")
+    base = argparse.Namespace(**train.RECIPE | mark["settings"])
+    seeds = list(range(base.seed, base.seed + mark["seeds"]))
+    if not write_report(Sweep(folder, base, mark["lanes"], seeds, mark["threads"], mark["facts"]), {"command": mark["command"], "flags": vars(base)}, {}):
+        raise train.Stop(1, "no run is finished yet: nothing to report")
 
 
 def run(argv: list[str] | None):
     given = vars(parser().parse_args(argv))
-    explicit = {key: value for key, value in given.items() if key not in OWN}
     for key in UNUSED:
-        if key in explicit:
+        if key in given:
             raise train.InputError(f"--{key.replace('_', '-')}: a flag of train.py alone")
     if "out" not in given:
         raise train.InputError("--out: name the sweep's folder")
     folder = Path(given["out"])
-    mark = read_mark(folder)
     if given.get("report_only"):
-        if mark is None:
-            raise train.InputError(f"--out {folder}: no sweep there")
-        if explicit or "lanes" in given or "seeds" in given:
-            raise train.InputError("--report-only takes --out alone: the folder knows its sweep")
-        explicit, asked, count = mark["flags"], mark["lanes"], mark["seeds"]
-    else:
-        asked = given.get("lanes", ["all"])
-        asked = in_order([*LANES, *COMBINED] if "all" in asked else asked)
-        count = given.get("seeds", 3)
-    base = train.settings(explicit)
-    data = {key: getattr(base, key) for key in ("dataset", "size", "train_size", "test_size", "val")}
-    if mark and mark["data"] != data:
-        raise train.InputError(f"--out {folder}: holds a sweep of other data ({mark['data']['dataset']}, {mark['data']['size']} pixels a side); name another folder")
-    everything, _ = train.load_dataset(base, train=False)
-    if max(64 if any("64" in lane or "cluster" in lane for lane in asked) else 1, base.batch_size) > len(everything):
-        raise train.InputError(f"--lanes: batches of up to {max(64, base.batch_size)}, but there are only {len(everything)} training images")
-    device = train.find_device(base.device)
-    jobs = given.get("jobs", 1)
+        return report_again(folder, given)
+    lanes, count, jobs = given.get("lanes", ["all"]), given.get("seeds", 3), given.get("jobs", 1)
+    lanes = in_order([*LANES, *COMBINED] if "all" in lanes else lanes)
+    base, mark = train.settings({key: value for key, value in given.items() if key not in OWN}), read_mark(folder)
+    for key in ("dataset", "size", "train_size", "test_size", "val") if mark else ():
+        if mark["settings"][key] != getattr(base, key):
+            raise train.InputError(f"--out {folder}: holds a sweep with --{key.replace('_', '-')} {mark['settings'][key]}, not {getattr(base, key)}; name another folder")
+    train.find_device(base.device)
+    facts = train.facts(train.load_dataset(base, train=False)[0])
     # One number of threads for all runs of a folder, since rounding depends on it.
     threads = mark["threads"] if mark else int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs)
-    flags = {key: value for key, value in explicit.items() if key not in ("workers", "save_minutes")}
-    lanes, seeds = asked, count
-    if mark and mark["flags"] == flags:                    # the report covers what earlier commands asked for, too
-        lanes, seeds = in_order(list(dict.fromkeys([*mark["lanes"], *asked]))), max(count, mark["seeds"])
-    sweep = Sweep(folder, base, asked, list(range(base.seed, base.seed + count)), threads, train.facts(everything))
-    for lane in asked:                                     # every run's settings are looked at before the first starts
-        args = sweep.args(lane, base.seed)
-        if args:
-            train.settings({key: value for key, value in vars(args).items() if value is not None and value is not False})
-    about = train.environment(device) | {"command": shlex.join(["python", "interventions.py", *(sys.argv[1:] if argv is None else argv)]), "flags": vars(base), "seeds": seeds}
-    failed = {}
-    if not given.get("report_only"):
+    sweep = Sweep(folder, base, lanes, list(range(base.seed, base.seed + count)), threads, facts)
+    sweep.check()                                          # all that can be wrong, before the first run
+    asked = {"lanes": lanes, "seeds": count}
+    settings = lambda of: {key: value for key, value in of.items() if key not in train.FREE}
+    if mark and settings(mark["settings"]) == settings(vars(base)):            # the report covers what earlier commands asked for, too
+        asked = {"lanes": in_order([*mark["lanes"], *lanes]), "seeds": max(count, mark["seeds"])}
+    command = shlex.join(["python", "interventions.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        sweep.lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise train.InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
+    if fcntl:
         try:
-            (folder / "runs").mkdir(parents=True, exist_ok=True)
-            sweep.lock = open(folder / "lock", "w")
+            fcntl.flock(sweep.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise train.InputError(f"--out {folder}: cannot be written ({error.strerror})") from error
-        if fcntl:
-            try:
-                fcntl.flock(sweep.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise train.InputError(f"--out {folder}: a sweep is at work there, or a run that a killed one left; wait for it, or stop it") from error
-        diagnostics.save(folder / "sweep.json", {"format": MARK, "version": VERSION, "data": data, "threads": threads, "flags": flags, "lanes": lanes, "seeds": seeds})
-        failed = sweep.work(jobs)
-    sweep.lanes, sweep.seeds = lanes, list(range(base.seed, base.seed + seeds))
-    written = write_report(sweep, about, failed)
+            raise train.InputError(f"--out {folder}: a sweep is at work there, or a run that a killed one left; wait for it, or stop it") from error
+    diagnostics.save(folder / "sweep.json", {"format": MARK, "version": VERSION, "command": command, "threads": threads, "settings": vars(base), "facts": facts, **asked})
+    failed = sweep.work(jobs)
+    whole = Sweep(folder, base, asked["lanes"], list(range(base.seed, base.seed + asked["seeds"])), threads, facts)
+    written = write_report(whole, {"command": command, "flags": vars(base)}, failed)
     if failed:
         raise train.Stop(1, f"{len(failed)} of the runs failed; the same command tries them again")
-    if not written:
-        raise train.Stop(1, "no run is finished: nothing to report")
+    assert written
 
 
 def main(argv: list[str] | None = None):

@@ -1241,7 +1241,7 @@ def test_linear_probe_is_at_its_optimum():
         x, labels = torch.randn(n, d, generator=g).double() * 3 + 1, torch.randint(3, (n,), generator=g)
         z = (x - x.mean(0)) / x.std(0, correction=0)
         with replaced(diagnostics, "PROBE_LAMBDAS", (0.01,)):
-            raw = diagnostics.probe(x, labels, 3)
+            raw = diagnostics.probe(lambda: x.split(40), labels, 3)
         W = torch.cat([raw[:-1] * x.std(0, correction=0)[:, None], (raw[-1] + x.mean(0) @ raw[:-1])[None]]).requires_grad_()     # for z
         loss = F.cross_entropy(z @ W[:-1] + W[-1], labels) + 0.01 * d / 2 * (W[:-1] ** 2).sum()
         assert torch.autograd.grad(loss, W)[0].norm() < 2e-4 * max(1, float(W.detach().norm()))
@@ -1679,9 +1679,10 @@ def test_factorial_on_planted_accuracies():
     a, b, c = cells.T
     planted = 0.5 + 0.04 * a + 0.02 * b + 0.01 * c - 0.03 * a * b + 0.02 * a * b * c
     exact = interventions.factorial(np.repeat(planted[:, None], 2, 1))
-    by_hand = {"route": 0.04 - 0.03 / 2 + 0.02 / 4, "bias": 0.02 - 0.03 / 2 + 0.02 / 4, "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2,
+    simple = {"route+bias - additive": -0.03, "route+dense - additive": 0, "bias+dense - additive": 0, "route+bias+dense - additive": -0.03 + 0.02}
+    by_hand = simple | {"route": 0.04 - 0.03 / 2 + 0.02 / 4, "bias": 0.02 - 0.03 / 2 + 0.02 / 4, "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2,
                "route x dense": 0.02 / 2, "bias x dense": 0.02 / 2, "route x bias x dense": 0.02}
-    assert {k: round(v[0], 12) for k, v in exact.items()} == {k: round(v, 12) for k, v in by_hand.items()}
+    assert set(exact) == set(by_hand) and all(abs(v[0] - by_hand[k]) < 1e-12 for k, v in exact.items())
     assert all(v[1] is None for v in interventions.factorial(planted[:, None]).values())
     rng, repeats = np.random.default_rng(0), 400
     covered = dict.fromkeys(by_hand, 0)
@@ -1709,20 +1710,22 @@ def test_report_of_planted_runs():
         g = torch.Generator().manual_seed(seed)
         right = torch.zeros(n, dtype=torch.int)
         right[torch.randperm(n, generator=g)[:round(accuracy * n)]] = 1
-        return {"lane": lane, "seed": seed, "reader": float(right.double().mean()), "right": "".join(map(str, right.tolist())), "psnr": 30.0, "purity": 0.3, "last_knn10": 0.5, "lost": 0.1,
+        return {"lane": lane, "seed": seed, "reader": float(right.double().mean()), "right": "".join(map(str, right.tolist())), "psnr": 30.0, "purity": 0.3, "gap": 0.1, "last_knn10": 0.5, "lost": 0.1, "colour_r2": 0.9,
                 "parameters": 1, "gflop_per_image": 1.0, "seconds": 1.0}
     gains = {"baseline": 0.0, "deeper": 0.01, "route": 0.05, "bias": 0.01, "dense": 0.0, "route+bias": 0.02, "route+dense": 0.05, "bias+dense": 0.01, "route+bias+dense": 0.02}
     jitter = lambda lane, seed: 0.001 * ((hash((len(lane), seed)) % 5) - 2)
     with replaced(diagnostics, "across", lambda points: {"verdicts": [], "correlations": {}, "models": 0, "points": []}), replaced(diagnostics, "points", lambda models: models):
         for seeds in (3, 1):
             found = {lane: [result(lane, seed, 0.5 + gain + 0.01 * seed + jitter(lane, seed)) for seed in range(seeds)] for lane, gain in gains.items()}
-            lines = [line for line in interventions.claims(interventions.summarise(found)) if line.startswith("C4")]
+            planted = interventions.summarise(found)
+            lines = [line for line in interventions.claims(planted) if line.startswith("C4")]
+            assert abs(planted["factorial"]["cells"][4]["additive"] - np.mean([r["reader"] for r in found["route"]])) < 1e-12
             by = {line.split(":")[0]: line for line in lines}
             if seeds == 3:
                 assert "supported" in by["C4, route"] and "refuted" in by["C4, dense"] and "not decided" in by["C4, bias"], lines
-                assert "not additive: route x bias" in by["C4, adding up"], lines
+                assert "not additive" in by["C4, adding up"] and "route x bias" in by["C4, adding up"], lines
             else:
-                assert all("not decided" in line for name, line in by.items() if name != "C4, adding up") and "one seed" in by["C4, route"], lines
+                assert all("not decided here (fewer" in line for line in lines) and "one seed" in by["C4, route"], lines
     assert interventions.difference({"a": [result("a", 0, 0.5)], "b": [result("b", 1, 0.5)]}, "a", "b") is None
 
 
@@ -1739,29 +1742,28 @@ def test_sweep_command():
         assert {row["lane"] for row in report["lanes"]} == {"baseline", "baseline64", *lanes} and not report["missing"] and not report["failed"]
         text = (here / "sweep" / "report.md").read_text()
         assert all(f"\n| {lane} " in text for lane in lanes) and all(len(line) <= 100 for line in out.splitlines() if not line.startswith("wrote"))
-        assert {p.name for p in (here / "sweep").glob("*.png")} == {"lanes.png", "clusters.png", "population.png"}         # no factorial: lanes are missing
+        assert {p.name for p in (here / "sweep").glob("*.png")} == {"lanes.png", "clusters.png"}         # lanes of the factorial are missing, models for a correlation
         rows = {row["lane"]: row for row in report["lanes"]}
         assert rows["deeper"]["parameters"] >= max(rows[lane]["parameters"] for lane in ("colour", "column")) and rows["wt"]["parameters"] == rows["baseline"]["parameters"]
-        settings = {run["lane"]: train.read_checkpoint(shlex.split(run["command"])[-1].removeprefix("--out="))["args"] for run in report["runs"]}
+        settings = {run["lane"]: train.read_checkpoint(run["checkpoint"])["args"] for run in report["runs"]}
         assert settings["cluster1"]["batch_size"] == 64 and settings["route+bias+dense"]["steps"] == 6 and settings["route+bias+dense"]["branch"] == "bias"
         found = json.loads(next((here / "sweep" / "runs").glob("baseline-*.diagnosis.json")).read_text())
         assert settings["column"]["branch"] == f"column:{found['highest_column']}" and 0 <= found["highest_column"] < 8
-        assert found["accuracy"] == found["reader"] == found["right"].count("1") / 40
+        assert train.read_checkpoint(report["runs"][0]["checkpoint"])["metrics"]["test_accuracy"] == found["reader"] == found["right"].count("1") / 40
         for run in report["runs"]:
             if run["lane"] in ("column", "cluster1", "colour", "route+bias+dense"):
                 threads, *words = shlex.split(run["command"])
-                path = words[-1].removeprefix("--out=")
                 assert threads.startswith("OMP_NUM_THREADS=") and words[:2] == ["python", "train.py"]
                 again = subprocess.run([sys.executable, HERE / "train.py", *words[2:-1], "--out=alone.pt"], env=os.environ | dict([threads.split("=")]), capture_output=True, text=True)
                 assert again.returncode == 0, again.stderr
-                a, b = (train.read_checkpoint(p)["model"] for p in (path, "alone.pt"))
+                a, b = (train.read_checkpoint(p)["model"] for p in (run["checkpoint"], "alone.pt"))
                 assert all(torch.equal(v, b[k]) for k, v in a.items()), run["lane"]
         before = {p: p.stat().st_mtime_ns for p in (here / "sweep" / "runs").glob("*.pt")}
         shutil.copytree(here / "sweep", here / "copy")
         (here / "sweep" / "report.md").unlink()
         status, again, err = sweep(["--report-only", "--out", "sweep"])
         assert status == 0 and (here / "sweep" / "report.md").exists() and out.endswith(again), err
-        assert sweep([*SWEEP, "--lanes", "wt"])[0] == 0 and before == {p: p.stat().st_mtime_ns for p in (here / "sweep" / "runs").glob("*.pt")}
+        assert sweep([*SWEEP, "--lanes", "wt", "--device", "cpu"])[0] == 0 and before == {p: p.stat().st_mtime_ns for p in (here / "sweep" / "runs").glob("*.pt")}
         assert len(json.loads((here / "sweep" / "report.json").read_text())["lanes"]) == 9                                # of all that was asked for
         # a changed setting is trained, and a run that fails does not end the sweep
         status, out, err = sweep([*SWEEP, "--lanes", "wt", "task10", "--lr", "1e30"])
@@ -1772,10 +1774,13 @@ def test_sweep_command():
         report = json.loads((here / "copy" / "report.json").read_text())
         assert status == 1 and "wt, seed 0 failed" in err and report["missing"] == ["wt seed 0"] and "wt, seed 0" in report["failed"] and "\n| deeper " in out, (out, err)
         assert {p: p.stat().st_mtime_ns for p in before} == before
-        for argv, word in ((["--lanes", "magic"], "magic"), (["--lanes", "bias+bias"], "twice"), (["--seeds", "0"], "--seeds"), (["--report-only"], "--out alone"), (["--train-size", "200"], "other data"),
-                           (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
+        for argv, word in ((["--lanes", "magic"], "magic"), (["--lanes", "bias+bias"], "twice"), (["--seeds", "0"], "--seeds"), (["--report-only"], "--out alone"), (["--train-size", "200"], "--train-size 160, not 200"),
+                           (["--lanes", "baseline+bias"], "baseline"), (["--lanes", "bias+colour"], "--branch"), (["--lanes", "bias", "--branch", "bias"], "same as baseline"),
+                           (["--lanes", "cluster1", "--train-size", "40", "--out", "small"], "batches of 64"), (["--lanes", "deeper", "--fraction", "0.1"], "deeper"), (["--out", "no/such"], "no folder"),
+                           (["--lanes", "dense", "--steps-test", "2"], "--lanes dense"), (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
             status, out, err = sweep([*SWEEP, *argv])
             assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
+        assert interventions.in_order(["bias+route", "cluster0.1+bias"]) == ["baseline", "baseline64", "route+bias", "bias+cluster0.1"]
         assert sweep(["--lanes", "wt"])[0] == 2 and sweep(["--report-only", "--out", "nowhere"])[0] == 2
 
 

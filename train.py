@@ -1235,6 +1235,8 @@ def run(explicit: dict):
     if explicit.get("bench"):
         usual = {"dataset": "cifar10", "out": "bench.json"} | (dict(size=320, width=256, fraction=0.01) if explicit["bench"] == "imagenet" else {})
         args = settings(usual | explicit)
+        if args.w_cluster or args.branch:
+            raise InputError("--bench measures the model without --w-cluster and --branch")
         if Path(args.out).suffix != ".json" or not Path(args.out).parent.is_dir():
             raise InputError(f"--out {args.out}: with --bench a file that ends in .json, in a folder that is there")
         return bench(args)
