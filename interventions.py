@@ -77,7 +77,7 @@ def capacity_depth(base, channels: int, classes: int) -> int:
     """The least depth of a reader whose model has at least the parameters of the dearest lane and a quarter more FLOPs, since the inner
     loop's FLOPs take longer than the reader's. InputError: no depth that anybody would train (dense, on all of many pixels)."""
     least = np.max([cost(settings_of(base, LANES[lane][1](base)), channels, classes) for lane in DEAREST], axis=0) * (1, 1.25)
-    for depth in range(base.reader_depth, 6 * max(1, base.reader_depth)):
+    for depth in range(base.reader_depth, base.reader_depth + 50):
         if (np.array(cost(settings_of(base, {"reader_depth": depth}), channels, classes)) >= least).all():
             return depth
     raise train.InputError(f"--lanes deeper: its reader would need more than {depth} blocks to cost what dense costs, all pixels in place of a share of {base.fraction:g}; leave it out")

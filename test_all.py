@@ -1776,7 +1776,7 @@ def test_sweep_command():
         assert {p: p.stat().st_mtime_ns for p in before} == before
         for argv, word in ((["--lanes", "magic"], "magic"), (["--lanes", "bias+bias"], "twice"), (["--seeds", "0"], "--seeds"), (["--report-only"], "--out alone"), (["--train-size", "200"], "--train-size 160, not 200"),
                            (["--lanes", "baseline+bias"], "baseline"), (["--lanes", "bias+colour"], "--branch"), (["--lanes", "bias", "--branch", "bias"], "same as baseline"),
-                           (["--lanes", "cluster1", "--train-size", "40", "--out", "small"], "batches of 64"), (["--lanes", "deeper", "--fraction", "0.1"], "deeper"), (["--out", "no/such"], "no folder"),
+                           (["--lanes", "cluster1", "--train-size", "40", "--out", "small"], "batches of 64"), (["--lanes", "deeper", "--fraction", "0.02", "--size", "32", "--out", "small"], "deeper"), (["--out", "no/such"], "no folder"),
                            (["--lanes", "dense", "--steps-test", "2"], "--lanes dense"), (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
             status, out, err = sweep([*SWEEP, *argv])
             assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
