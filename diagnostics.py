@@ -10,7 +10,9 @@ measures, statistics, fitted weights, the four experiments, across models, repor
 any (n, d) tensor; the experiments take `fit` and `read` callables or tensors, not a checkpoint.
 """
 import argparse
+import contextlib
 import copy
+import ctypes
 import functools
 import itertools
 import json
@@ -472,6 +474,12 @@ class Fits:
         return Fits.given(tokens, labels, images, first)
 
 
+def give_back():
+    """Freed memory to the system: glibc keeps what was freed in small pieces, half a gigabyte after many fits."""
+    with contextlib.suppress(OSError, AttributeError):     # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def some(labels: Tensor, count: int) -> Tensor:
     """At most `count` rows, the same share of each class, always the same ones."""
     return train.stratified(labels.cpu(), min(count, len(labels))).to(labels.device)
@@ -501,6 +509,8 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     results = {}
     bar = tqdm(desc="measuring", total=len(coordinates), leave=False, disable=None)
     for group in groups:
+        give_back()
+
         def collect(data, start, stop):
             x = {name: torch.empty(stop - start, bytes_each[name] // 4, device=device) for name in group}
             for block in data.blocks(start, stop):
@@ -514,6 +524,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
         own_sums = {name: torch.zeros_like(means[name]) for name in group}
         for start in range(0, q, rows):
+            give_back()
             chunk = collect(queries, start, min(q, start + rows))
             near = {name: Nearest(x, k) for name, x in chunk.items()}
             for block in bank.blocks():
@@ -1611,7 +1622,7 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
     if not reference.bytes and reference.data is not None:
         reference.keep = 1 << 30
-    logits = torch.cat([read(tokens) for block in queries.blocks() for tokens in block.tokens.split(32)])
+    logits = torch.cat([read(block.tokens) for block in queries.blocks()])
     if not torch.isfinite(logits).all():
         raise train.InputError(f"{path}: a damaged checkpoint: its fits or predictions are not finite")
     predictions = logits.argmax(-1).cpu()
