@@ -257,15 +257,14 @@ def probe(rows, labels: Tensor, classes: int) -> Tensor:
     mean, scale = moments(rows)
     n, d = len(labels), len(mean)
 
-    def standard():
-        for x in rows():
-            yield torch.cat([((few.double() - mean) * scale).to(x.dtype) for few in x.split(FEW)])
+    def standard(x):
+        return ((few.double() - mean).mul_(scale).to(x.dtype) for few in x.split(FEW))
 
     if dual := d > n:
-        gram = torch.cat([torch.cat([a @ b.T for b in standard()], 1) for a in standard()])            # (n, n)
+        gram = torch.cat([torch.cat([a @ b.T for y in rows() for b in standard(y)], 1) for a in (torch.cat(list(standard(x))) for x in rows())])       # (n, n)
         z = factor(gram)
     else:
-        z = torch.cat(list(standard()))
+        z = torch.cat([few for x in rows() for few in standard(x)])
     held = torch.zeros(n, dtype=torch.bool, device=labels.device)
     for c in labels.unique():
         held[torch.nonzero(labels == c).flatten()[4::5]] = True
@@ -285,7 +284,7 @@ def probe(rows, labels: Tensor, classes: int) -> Tensor:
     W, b = V[:-1], V[-1]
     if dual:
         A = torch.linalg.solve_triangular(z.T, W, upper=True)                          # (n, classes)
-        W = sum((x.T @ a).double() for x, a in zip(standard(), A.split([len(x) for x in rows()])))
+        W = sum((few.T @ a).double() for few, a in zip((few for x in rows() for few in standard(x)), A.split([len(few) for x in rows() for few in x.split(FEW)])))
     W = W.double() * scale[:, None]
     return torch.cat([W, (b - mean @ W)[None]])
 
@@ -509,25 +508,31 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     results = {}
     bar = tqdm(desc="measuring", total=len(coordinates), leave=False, disable=None)
     for group in groups:
-        give_back()
+        piece = max(FEW, (1 << 24) // max(bytes_each[name] for name in group))
+
+        def parts(data, start=0, stop=None):
+            """The blocks, split where their coordinates would be large."""
+            for block in data.blocks(start, stop):
+                starts = range(0, len(block.labels), piece)
+                yield from [block] if len(starts) == 1 else (Block(block.start + i, *(x[i:i + piece] for x in block[1:])) for i in starts)
 
         def collect(data, start, stop):
             x = {name: torch.empty(stop - start, bytes_each[name] // 4, device=device) for name in group}
-            for block in data.blocks(start, stop):
+            for block in parts(data, start, stop):
                 for name in group:
                     x[name][block.start - start:block.start - start + len(block.labels)] = coordinates[name](block)
             return x
 
-        probes = {name: probe(lambda: (coordinates[name](block).float() for block in reference.blocks()), reference.labels, classes) for name in group if reference is not None}
+        probes = {name: probe(lambda: (coordinates[name](block).float() for block in parts(reference)), reference.labels, classes) for name in group if reference is not None}
         rows = ROWS * max(1, work // (2 * ROWS * sum(bytes_each[name] for name in group)))
-        parts = {name: {} for name in group}
+        found_in = {name: {} for name in group}
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
         own_sums = {name: torch.zeros_like(means[name]) for name in group}
         for start in range(0, q, rows):
             give_back()
             chunk = collect(queries, start, min(q, start + rows))
             near = {name: Nearest(x, k) for name, x in chunk.items()}
-            for block in bank.blocks():
+            for block in parts(bank):
                 for name in group:
                     x = coordinates[name](block).float()
                     near[name].update(x)
@@ -538,7 +543,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
             sums = {name: torch.zeros(len(x), classes, dtype=f64, device=device) for name, x in chunk.items()}
             centre = {name: column_means(x) for name, x in chunk.items()} if start == 0 else centre
             total = dict.fromkeys(group, 0.0) if start == 0 else total
-            for block in queries.blocks():
+            for block in parts(queries):
                 member = F.one_hot(block.labels, classes).to(f64)
                 for name in group:
                     x = coordinates[name](block).float()
@@ -559,13 +564,13 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 if name in probes:
                     part["probe"] = torch.cat([y.double() @ probes[name][:-1] + probes[name][-1] for y in x.split(FEW)]).argmax(1)
                 for key, value in part.items():
-                    parts[name].setdefault(key, []).append(value.cpu())
+                    found_in[name].setdefault(key, []).append(value.cpu())
         for name in group:
             inside = float((own_sums[name].square().sum(1) / of_class.clamp_min(1)).sum())
             between = inside - float(own_sums[name].sum(0).square().sum()) / q
             within = total[name] - inside
             fisher = 0.0 if between <= 1e-12 * total[name] else between / within if within > 1e-12 * total[name] else math.inf
-            results[name] = {"d": bytes_each[name] // 4, "fisher": fisher} | {key: torch.cat(value) for key, value in parts[name].items()}
+            results[name] = {"d": bytes_each[name] // 4, "fisher": fisher} | {key: torch.cat(value) for key, value in found_in[name].items()}
             bar.update()
     bar.close()
     return {name: results[name] for name in coordinates}
