@@ -38,7 +38,7 @@ import train
 # x is (n, d), labels (n,) integers from 0. Distances are Euclidean; a mean is subtracted first, for the sake of rounding only.
 
 BLOCK_BYTES = 128 << 20            # of one block's distances or differences
-FEW = 32                           # rows that are made float64 at a time
+FEW = 16                           # rows that are made float64 at a time
 
 
 def check(x: Tensor, labels: Tensor, k: int = 0, classes: int = 2) -> tuple[Tensor, Tensor]:
@@ -260,6 +260,7 @@ def probe(rows, labels: Tensor, classes: int) -> Tensor:
     def standard(x):
         return ((few.double() - mean).mul_(scale).to(x.dtype) for few in x.split(FEW))
 
+    give_back()
     if dual := d > n:
         gram = torch.cat([torch.cat([a @ b.T for y in rows() for b in standard(y)], 1) for a in (torch.cat(list(standard(x))) for x in rows())])       # (n, n)
         z = factor(gram)
@@ -474,7 +475,7 @@ class Fits:
 
 
 def give_back():
-    """Freed memory to the system: glibc keeps what was freed in small pieces, half a gigabyte after many fits."""
+    """Freed memory to the system: glibc keeps pieces of up to 32 MB in a heap that grows by half a gigabyte as they come and go."""
     with contextlib.suppress(OSError, AttributeError):     # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -498,7 +499,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     sizes, of_class = torch.bincount(bank.labels, minlength=classes), torch.bincount(labels, minlength=classes)
     sample = next(iter(queries.blocks(0, 1)))
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
-    work, groups, room = max(3 << 27, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
+    work, groups, room = max(1 << 28, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
     for name, size in bytes_each.items():
         size *= 2 * q                                      # the queries twice: as they are, and centred
         if not groups or room < size:
@@ -508,7 +509,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     results = {}
     bar = tqdm(desc="measuring", total=len(coordinates), leave=False, disable=None)
     for group in groups:
-        piece = max(FEW, (1 << 24) // max(bytes_each[name] for name in group))
+        piece = max(FEW, (1 << 23) // max(bytes_each[name] for name in group))
 
         def parts(data, start=0, stop=None):
             """The blocks, split where their coordinates would be large."""
@@ -565,6 +566,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                     part["probe"] = torch.cat([y.double() @ probes[name][:-1] + probes[name][-1] for y in x.split(FEW)]).argmax(1)
                 for key, value in part.items():
                     found_in[name].setdefault(key, []).append(value.cpu())
+        del chunk, among, near                             # before the next group takes its room
         for name in group:
             inside = float((own_sums[name].square().sum(1) / of_class.clamp_min(1)).sum())
             between = inside - float(own_sums[name].sum(0).square().sum()) / q
@@ -1595,6 +1597,7 @@ def fitter(model: train.MWT):
 
 def bank_and_queries(fit, data: train.Images, test: train.Images, device, workers: int) -> tuple[Fits, Fits]:
     """Both fitted, and kept as far as memory goes."""
+    give_back()
     queries = Fits(fit, test, MEMORY, device, workers)
     for _ in queries.blocks():                             # the test images are looked at most often, so they are kept first
         pass
