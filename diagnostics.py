@@ -501,7 +501,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
     work, groups, room = max(1 << 28, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
     for name, size in bytes_each.items():
-        size *= 2 * q                                      # the queries twice: as they are, and centred
+        size *= max(2 * q, len(reference or ()))           # the queries twice: as they are, and centred
         if not groups or room < size:
             groups, room = groups + [[]], work
         groups[-1].append(name)
@@ -524,7 +524,13 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                     x[name][block.start - start:block.start - start + len(block.labels)] = coordinates[name](block)
             return x
 
-        probes = {name: probe(lambda: (coordinates[name](block).float() for block in parts(reference)), reference.labels, classes) for name in group if reference is not None}
+        probes = {}
+        if reference is not None:                          # at hand where there is room, or else made again at each pass
+            known = collect(reference, 0, len(reference)) if len(reference) * sum(bytes_each[name] for name in group) <= work else {}
+            for name in group:
+                rows_of = (lambda: known[name].split(ROWS)) if known else (lambda: (coordinates[name](block).float() for block in parts(reference)))
+                probes[name] = probe(rows_of, reference.labels, classes)
+            del known
         rows = ROWS * max(1, work // (2 * ROWS * sum(bytes_each[name] for name in group)))
         found_in = {name: {} for name in group}
         means = {name: torch.zeros(classes, bytes_each[name] // 4, dtype=f64, device=device) for name in group}
