@@ -1645,7 +1645,10 @@ def test_diagnostics_command():
         train.save_checkpoint("nan.pt", content)
         Path("full/report.json").mkdir(parents=True)
         assert run(["--ckpt", "nan.pt"])[::2] == (2, "diagnostics.py: error: nan.pt: a damaged checkpoint: its fits or predictions are not finite\n")
-        with replaced(diagnostics, "clustering", lambda *_: signal.raise_signal(signal.SIGINT)):
+        def interrupted(*_):       # as Ctrl-C would, and also where a background shell has SIGINT ignored
+            raise KeyboardInterrupt
+
+        with replaced(diagnostics, "clustering", interrupted):
             assert run(["--ckpt", "out.pt"])[::2] == (130, "diagnostics.py: interrupted\n")
         for argv, word in ((["--ckpt", "gone.pt"], "gone.pt"), (["--ckpt", "out.pt", "broken.pt"], "broken.pt"), ([], "--ckpt"), (["--ckpt", "out.pt", "--samples", "3"], "--samples"),
                            (["--ckpt", "out.pt", "--out", "no/such"], "no/such"), (["--ckpt", "out.pt", "--dataset", "nowhere"], "nowhere"),
