@@ -72,9 +72,21 @@ def check_pair(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tenso
     return bank.to(dtype), bank_labels, queries.to(dtype), labels
 
 
+def by_rows(f, x: Tensor, count: int) -> Tensor:
+    """f(x) (n, ...) of x (n, ...), `count` rows at a time. The result is made at once: pieces of it, left between large temporaries,
+    would keep those from being used again (glibc's heap: gigabytes)."""
+    found = None
+    for start in range(0, max(1, len(x)), count):
+        part = f(x[start:start + count])
+        if found is None:
+            found = part.new_empty(len(x), *part.shape[1:])
+        found[start:start + count] = part
+    return found
+
+
 def squared_length(x: Tensor) -> Tensor:
     """Of each row, (n, d) -> (n,) float64, without a float64 copy of x."""
-    return torch.cat([rows.double().square().sum(1) for rows in x.split(max(1, (1 << 20) // x.shape[1]))])
+    return by_rows(lambda rows: rows.double().square().sum(1), x, max(1, (1 << 20) // x.shape[1]))
 
 
 def column_means(x: Tensor) -> Tensor:
@@ -110,11 +122,10 @@ class Nearest:
         limit = self.distance[:, -1:]
         if len(x) >= self.k:
             limit = torch.minimum(limit, (d + slack).topk(self.k, largest=False).values[:, -1:].double())
-        rows, columns = ((d - slack <= limit) & (d < math.inf)).nonzero(as_tuple=True)
-        if len(rows):
-            exact = torch.empty(len(rows), dtype=torch.float64, device=d.device)       # made first: results between the temporaries would pin the heap
-            for r, c, result in zip(*(z.split(max(1, BLOCK_BYTES // (128 * x.shape[1]))) for z in (rows, columns, exact))):
-                result.copy_(squared_length(self.raw[r].sub_(block[c])))
+        pairs = ((d - slack <= limit) & (d < math.inf)).nonzero()
+        if len(pairs):
+            exact = by_rows(lambda p: squared_length(self.raw[p[:, 0]].sub_(block[p[:, 1]])), pairs, max(1, BLOCK_BYTES // (128 * x.shape[1])))
+            rows, columns = pairs.T
             counts = torch.bincount(rows, minlength=len(d))
             place = self.k + torch.arange(len(rows), device=d.device) - (counts.cumsum(0) - counts)[rows]
             shape = len(d), self.k + int(counts.max())
@@ -249,6 +260,14 @@ def factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(gram + rounding.clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
+def numbered(blocks):
+    """Each block with the number of its first row."""
+    start = 0
+    for block in blocks:
+        yield start, block
+        start += len(block)
+
+
 def probe(rows, labels: Tensor, classes: int) -> Tensor:
     """W (d + 1, classes) float64, last row the bias, of multinomial logistic regression on standardised features, to be applied to
     raw ones; rows() yields them block by block (b, d), in the order of labels (n,). The ridge penalty is the best of five on a held-out
@@ -262,7 +281,10 @@ def probe(rows, labels: Tensor, classes: int) -> Tensor:
 
     give_back()
     if dual := d > n:
-        gram = torch.cat([torch.cat([a @ b.T for y in rows() for b in standard(y)], 1) for a in (torch.cat(list(standard(x))) for x in rows())])       # (n, n)
+        gram = torch.empty(n, n, device=labels.device, dtype=next(iter(rows())).dtype)     # made at once, as in `by_rows`
+        for i, a in numbered(torch.cat(list(standard(x))) for x in rows()):
+            for j, b in numbered(few for x in rows() for few in standard(x)):
+                gram[i:i + len(a), j:j + len(b)] = a @ b.T
         z = factor(gram)
     else:
         z = torch.cat([few for x in rows() for few in standard(x)])
@@ -567,9 +589,9 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                 part = {"knn1": neighbors[:, 0], "knn10": vote(neighbors, classes), "neighbors": found[name],
                         "purity": (labels[among[name].index] == mine[:, None]).double().mean(1),
                         "silhouette": silhouettes(sums[name], mine, of_class),
-                        "nearest_mean": torch.nonzero(sizes).flatten()[torch.cat([nearest(means[name], y.double(), 1)[:, 0] for y in x.split(FEW)])]}
+                        "nearest_mean": torch.nonzero(sizes).flatten()[by_rows(lambda y: nearest(means[name], y.double(), 1)[:, 0], x, FEW)]}
                 if name in probes:
-                    part["probe"] = torch.cat([y.double() @ probes[name][:-1] + probes[name][-1] for y in x.split(FEW)]).argmax(1)
+                    part["probe"] = by_rows(lambda y: y.double() @ probes[name][:-1] + probes[name][-1], x, FEW).argmax(1)
                 for key, value in part.items():
                     found_in[name].setdefault(key, []).append(value.cpu())
         del chunk, among, near                             # before the next group takes its room
@@ -896,7 +918,7 @@ def energies(reference: Tensor, parts: dict[str, list[Tensor]], embed: Tensor | 
 def predict(read, tokens: Tensor, change=None, rows: Tensor | None = None) -> Tensor:
     """Predictions (on the CPU) for tokens[rows] as change(tokens, their rows) makes them."""
     rows = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
-    return torch.cat([read(change(tokens[r], r) if change else tokens[r]).argmax(-1).cpu() for r in rows.split(ROWS)])
+    return by_rows(lambda r: read(change(tokens[r], r) if change else tokens[r]).argmax(-1), rows, ROWS).cpu()
 
 
 def donors(labels: Tensor, kind: str, *key) -> Tensor:
@@ -1636,7 +1658,8 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
     if not reference.bytes and reference.data is not None:
         reference.keep = 1 << 30
-    logits = torch.cat([read(block.tokens) for block in queries.blocks()])
+    give_back()
+    logits = torch.cat([by_rows(read, block.tokens, FEW) for block in queries.blocks()])
     if not torch.isfinite(logits).all():
         raise train.InputError(f"{path}: a damaged checkpoint: its fits or predictions are not finite")
     predictions = logits.argmax(-1).cpu()
