@@ -594,7 +594,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
                     part["probe"] = by_rows(lambda y: y.double() @ probes[name][:-1] + probes[name][-1], x, FEW).argmax(1)
                 for key, value in part.items():
                     found_in[name].setdefault(key, []).append(value.cpu())
-        del chunk, among, near                             # before the next group takes its room
+            del chunk, among, near, x                      # before the next one takes its room
         for name in group:
             inside = float((own_sums[name].square().sum(1) / of_class.clamp_min(1)).sum())
             between = inside - float(own_sums[name].sum(0).square().sum()) / q
