@@ -536,7 +536,7 @@ def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
     for name in set(figures) - set(drawn):
         (sweep.folder / name).unlink(missing_ok=True)      # an earlier report's
     lines, columns = claims(report, images), columns_text(sweep, images)
-    hardware = sorted({f"{r['device']}, {r['threads']} threads a run, torch {r['versions']['torch']}" for r in runs})
+    hardware = sorted({f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)} a run, torch {r['versions']['torch']}" for r in runs})
     text = [f"# Interventions on {sweep.base.dataset}, {sweep.base.size}x{sweep.base.size} pixels", f"`{about['command']}`",
             f"Lanes: {len(found)}; seeds: {', '.join(map(str, sweep.seeds))}; runs: {len(runs)}; {len(runs[0]['right'])} {images}; {'; '.join(hardware)}."
             + (f" Not finished: {', '.join(missing)}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
