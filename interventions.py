@@ -53,7 +53,7 @@ LANES = {
     "column-random": ("control of bias: a random column, by the seed", None),
     "centred": ("the mean colour removed before fitting", lambda base: {"centre_colour": True}),
     "colour": ("centred, with the mean colour through a branch like bias's", lambda base: {"centre_colour": True, "branch": "colour"}),
-    "route": ("learned queries gather the tokens in place of their mean", lambda base: {"readout": 8}),
+    "route": ("learned queries gather the tokens, starting from their mean", lambda base: {"readout": 8}),
     "dense": ("four more inner steps, on all pixels", lambda base: {"steps": base.steps + 4, "fraction": 1.0}),
     "deeper": ("capacity control: a deeper reader", None),
 }

@@ -74,8 +74,8 @@ class Reader(nn.Module):
     """Parameters: beta (num_tokens, width + 1), embed, blocks (attention and MLP in turn), head; where asked for also queries
     (readout, width), gather (two blocks) and branch.
 
-    token_scale is lambda; 0 as `scaled` says. readout: instead of the mean over tokens, so many learned queries gather them by
-    class attention (Touvron et al., ICCV 2021): in two more blocks the queries alone ask, of themselves and of the tokens.
+    token_scale is lambda; 0 as `scaled` says. readout: so many learned queries, each added to the mean over tokens, gather the tokens
+    by class attention (Touvron et al., ICCV 2021): in two more blocks they alone ask, of themselves and of the tokens.
     branch: "bias", "column:N" or "colour", that column of the tokens or the image's mean colour, to the logits past the blocks.
     """
 
@@ -121,7 +121,7 @@ class Reader(nn.Module):
         """From the state x (N, T, width) after the blocks to the logits, and the queries after each sub-block that gathers."""
         asked, gathered = x, []
         if self.queries is not None:
-            x = self.queries.expand(len(x), -1, -1)                                # (N, readout, width)
+            x = self.queries + asked.mean(dim=1, keepdim=True)                     # (N, readout, width)
         for block in self.gather:
             x = x + (block(torch.cat([x, asked], dim=1), x.shape[1]) if isinstance(block, Attention) else block(x))
             gathered.append(x)

@@ -286,7 +286,8 @@ def test_readout_and_branches_by_hand():
         reader = Reader(10, 6, 4, depth=1, head_dim=3, readout=2)
         logits, states = reader(tokens, flow=True)
         assert [x.shape[1] for x in states] == [10, 10, 10, 2, 2, 2, 2] and torch.equal(logits, reader(tokens))
-        z, x = reader.queries.expand(3, 2, 6), states[2]
+        x = states[2]
+        z = torch.stack([query + x.sum(1) / 10 for query in reader.queries], 1)
         for attention, mlp in zip(reader.gather[::2], reader.gather[1::2]):
             z = z + attention(torch.cat([z, x], 1))[:, :2]                     # all ask, and only the queries' answers are used
             z = z + mlp(z)

@@ -1105,7 +1105,7 @@ def parser() -> Parser:
     flag("head_dim", whole(1), "features an attention head; divides the width")
     flag("mlp_ratio", whole(1), "hidden over outer features in the reader's MLP")
     flag("token_scale", number(0), "lambda, factor on the tokens; 0: layer norm instead")
-    flag("readout", whole(0), "learned queries that gather the tokens by class attention; 0: the mean over tokens")
+    flag("readout", whole(0), "learned queries that gather the tokens by class attention, starting from their mean; 0: the mean alone")
     flag("branch", branch, "bias, column:N or colour: that column of the tokens, or the mean colour, to the logits past the reader's blocks")
     flag("centre_colour", None, "remove each image's mean colour before it is fitted")
 
