@@ -326,10 +326,11 @@ def diagnose(path: str):
     clustering = diagnostics.clustering(coordinates, bank, queries, guess)
     flow = diagnostics.token_flow(model.read, untrained, bank, queries, flattened=False)               # of the weights alone: no colour branch
     parameters, flops = cost(args, data.channels, len(data.classes))
+    epochs = content["metrics"]["epochs"]
     permuted = lost(-1)
     diagnostics.save(diagnosis_path(path), {
         "name": Path(path).stem, "training": vars(args), "reader": float(right.double().mean()), "right": "".join(map(str, right.int().tolist())),
-        "psnr": content["metrics"]["test_psnr"], "seconds": content["metrics"]["seconds"], "parameters": parameters, "gflop_per_image": flops / 1e9,
+        "psnr": content["metrics"]["test_psnr"], "seconds": len(epochs) * float(np.median([e["seconds"] for e in epochs])), "parameters": parameters, "gflop_per_image": flops / 1e9,
         "purity": clustering["purity"], "gap": clustering["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"], "permuted": permuted, "lost": permuted[0],
         "highest_column": highest, "highest_permuted": lost(highest), "colour_r2": float(np.mean([r2[0] for r2 in told if r2])),
         "experiments": {"clustering": clustering, "token-flow": flow}, **train.environment(device)})
@@ -544,7 +545,7 @@ def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
     if report["factorial"]:
         text += ["## Do gains add up", "A factor alone: accuracy with it less without it, over the four settings of the other two; a x b: the difference of such differences; "
                  "a+b - additive: what the joined lane has beyond the baseline plus the gains of its single lanes.", factorial_table(report["factorial"])]
-    text += ["## Cost", "training: wall time of the run, beside whatever else ran; colour R²: how well four principal components of the bias column tell an image's mean colour, on images not fitted to.",
+    text += ["## Cost", "training: the median epoch's wall time, beside whatever else ran, times the epochs; colour R²: how well four principal components of the bias column tell an image's mean colour, on images not fitted to.",
              cost_table(report, found, sweep.base), "## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```\n" + "\n".join(r["command"] for r in runs) + "\n```"]
     (sweep.folder / "report.md").write_text("\n\n".join(text) + "\n")
     kept = ("lane", "seed", "command", "checkpoint", *MEASURED, "permuted", "highest_column", "highest_permuted", "parameters", "gflop_per_image", "device", "threads", "versions")
