@@ -594,16 +594,15 @@ def clusters_figure(path: Path, report: dict, images: str) -> bool:
     for axis, (title, lanes) in zip(axes, series.items()):
         x, y = ([by[lane][key] for lane in lanes] for key in ("purity", "reader"))
         axis.plot([m for m, _ in x], [100 * m for m, _ in y], color="C0", alpha=0.4)
-        for lane, (px, sx), (py, sy) in zip(lanes, x, y):
-            axis.errorbar(px, 100 * py, xerr=sx, yerr=sy and 100 * sy, fmt="o", color="C0", capsize=2)
-        for k, (name, (px, _), (py, _)) in enumerate(zip(lanes.values(), x, y)):
-            axis.annotate(name, (px, 100 * py), textcoords="offset points", xytext=(4, 6 if k % 2 else -13), fontsize=9)
+        for k, (name, (px, sx), (py, sy)) in enumerate(zip(lanes.values(), x, y)):
+            axis.errorbar(px, 100 * py, xerr=sx, yerr=sy and 100 * sy, fmt="osD^vP"[k], color=f"C{k}", capsize=2, label=name)
+        axis.legend(title="weight", fontsize=9, title_fontsize=9)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(f"purity of phi - theta (share of 10 nearest {images})")
         axis.grid(alpha=0.3)
         axis.margins(0.12)
     axes[0].set_ylabel("reader accuracy (%)")
-    figure.suptitle("Does accuracy follow purity? A point is a lane, named by its weight; bars: sd over seeds where there are several", fontsize=10)
+    figure.suptitle("Does accuracy follow purity? A point is a lane; bars: sd over seeds where there are several", fontsize=10)
     figure.savefig(path)
     return True
 
