@@ -521,7 +521,7 @@ def measure(coordinates: dict, bank: Fits, queries: Fits, reference: Fits | None
     sizes, of_class = torch.bincount(bank.labels, minlength=classes), torch.bincount(labels, minlength=classes)
     sample = next(iter(queries.blocks(0, 1)))
     bytes_each = {name: 4 * f(sample).shape[1] for name, f in coordinates.items()}
-    work, groups, room = max(1 << 28, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
+    work, groups, room = max(1 << 27, MEMORY - bank.bytes - queries.bytes - (1 << 30)), [], 0           # the gibibyte: a block's states
     for name, size in bytes_each.items():
         size *= max(2 * q, len(reference or ()))           # the queries twice: as they are, and centred
         if not groups or room < size:
