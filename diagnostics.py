@@ -1161,7 +1161,7 @@ def side(interval, limit: float) -> int:
 
 
 def across(found: list[dict], seed: int = 0) -> dict:
-    """The comparison across models by DESIGN's rules, over the largest group of one architecture: correlations with reader accuracy,
+    """The comparison across models, over the largest group of one architecture: correlations with reader accuracy,
     t intervals over the seeds of each setting that has three or more, purity with the class loss minus without, paired by seed."""
     architectures = [p["architecture"] for p in found]
     one = [p for p in found if p["architecture"] == max(architectures, key=architectures.count)]

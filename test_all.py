@@ -1709,7 +1709,7 @@ def test_factorial_on_planted_accuracies():
 
 
 def test_report_of_planted_runs():
-    """Verdicts by DESIGN's rules: three seeds, a gain over the capacity control, and one that is not there."""
+    """The rules of the verdicts: three seeds, a gain over the capacity control, and one that is not there."""
     def result(lane, seed, accuracy, n=1000):
         g = torch.Generator().manual_seed(seed)
         right = torch.zeros(n, dtype=torch.int)
