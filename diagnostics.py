@@ -399,7 +399,8 @@ def t_quantile(freedom: int) -> float:
 def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, draws: int = 2000) -> dict | None:
     """Pearson's and Spearman's correlation of each column with y over models, and of the last minus the first column's, each
     (value, low, high) with a 95% bootstrap interval that draws whole settings: seeds of one setting are no independent models.
-    Fewer than five settings are too few to draw from: low and high are None. None in all with fewer than five models or two
+    Fewer than five settings are too few to draw from, and so are those that give one value only (rho 1 of six settings, however they
+    are drawn): low and high are None. None in all with fewer than five models or two
     settings, or where anything is constant."""
     x, y = torch.tensor(list(columns.values()), dtype=torch.float64), torch.as_tensor(y, dtype=torch.float64)
     groups = [torch.tensor([i for i, s in enumerate(settings) if s == setting]) for setting in dict.fromkeys(settings)]
@@ -415,7 +416,7 @@ def correlations(columns: dict[str, list], y, settings: list, seed: int = 0, dra
         values, many = all_of(torch.arange(len(y))), torch.stack([all_of(rows) for rows in drawn])
         limits = many.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
         names = [*columns, "last - first"] if len(columns) > 1 else [*columns]
-        result[kind] = {name: (value, *(ends if len(groups) >= 5 else (None, None))) for name, value, ends in zip(names, values.tolist(), limits)}
+        result[kind] = {name: (value, *(ends if len(groups) >= 5 and ends[0] < ends[1] else (None, None))) for name, value, ends in zip(names, values.tolist(), limits)}
     return result
 
 
@@ -1218,7 +1219,7 @@ def span(interval, factor: float = 1, digits: int = 1) -> str:
     if interval is None:
         return "none"
     if interval[1] is None:
-        return f"{factor * interval[0]:+.{digits}f} (no interval: fewer than five settings)"
+        return f"{factor * interval[0]:+.{digits}f} (no interval: too few settings)"
     value, low, high = (f"{factor * x:+.{digits}f}" for x in interval)
     return f"{value} [{low}, {high}]"
 

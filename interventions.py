@@ -46,8 +46,8 @@ LANES = {
     "baseline": ("shared-anchor MWT", lambda base: {}),
     "wt": ("no class loss for the INR", lambda base: {"w_task": 0.0}),
     **{f"task{w:g}": ("another weight of the class loss for the INR", lambda base, w=w: {"w_task": w}) for w in (0.001, 0.1, 1.0, 10.0)},
-    "baseline64": ("batches of 64", LARGE),
-    **{f"cluster{w:g}": ("batches of 64, and a supervised contrastive loss on phi - theta", lambda base, w=w: LARGE(base) | {"w_cluster": w}) for w in (0.01, 0.1, 1.0)},
+    "baseline64": ("batches of at least 64", LARGE),
+    **{f"cluster{w:g}": ("batches of at least 64, and a supervised contrastive loss on phi - theta", lambda base, w=w: LARGE(base) | {"w_cluster": w}) for w in (0.01, 0.1, 1.0)},
     "bias": ("the bias column to the logits by a branch of its own", lambda base: {"branch": "bias"}),
     "column": ("control of bias: the column of highest energy in this seed's baseline", None),
     "column-random": ("control of bias: a random column, by the seed", None),
@@ -122,25 +122,27 @@ class Sweep:
         self.depth = capacity_depth(base, *self.shape) if any("deeper" in lane.split("+") for lane in lanes) else None
         self.children, self.stopping, self.lock = set(), threading.Event(), None
 
-    def change(self, part: str, seed: int) -> dict | None:
+    def change(self, part: str, seed: int, highest: int | None) -> dict | None:
         if part == "deeper":
             return {"reader_depth": self.depth}
         if part == "column-random":
             return {"branch": f"column:{int(torch.randint(self.base.width, (), generator=train.generator('column', seed)))}"}
         if part == "column":
             found = self.result("baseline", seed)
-            return found and {"branch": f"column:{found['highest_column']}"}
+            highest = found["highest_column"] if found else highest
+            return None if highest is None else {"branch": f"column:{highest}"}
         return LANES[part][1](self.base)
 
-    def args(self, lane: str, seed: int):
-        """The settings of one run; None where they hang on a baseline that is not there yet."""
-        changes = [self.change(part, seed) for part in lane.split("+")]
+    def args(self, lane: str, seed: int, highest: int | None = None):
+        """The settings of one run; None where they hang on a baseline that is not there yet, unless `highest` stands for its column."""
+        changes = [self.change(part, seed, highest) for part in lane.split("+")]
         if None in changes:
             return None
         changed = {}
         for key, value in (item for change in changes for item in change.items()):
-            if changed.setdefault(key, value) != value:
+            if key in changed:
                 raise train.InputError(f"--lanes {lane}: two of its parts set --{key.replace('_', '-')}")
+            changed[key] = value
         args = settings_of(self.base, changed | {"seed": seed})
         known = json.dumps({key: value for key, value in vars(args).items() if key not in train.FREE}, sort_keys=True)
         args.out = str(self.folder / "runs" / f"{lane}-seed{seed}-{hashlib.sha256(known.encode()).hexdigest()[:8]}.pt")
@@ -150,9 +152,7 @@ class Sweep:
         """InputError: a lane that train.py would refuse, or that these settings make the same as what it is compared with."""
         reference = {}
         for lane in self.lanes:
-            args = self.args(lane, self.seeds[0])
-            if args is None:
-                continue
+            args = self.args(lane, self.seeds[0], highest=0)
             try:
                 train.settings({key: value for key, value in vars(args).items() if value is not None and value is not False})
             except train.InputError as error:
@@ -161,7 +161,7 @@ class Sweep:
                 raise train.InputError(f"--lanes {lane}: batches of {args.batch_size}, but there are only {self.images} training images")
             settings = {key: value for key, value in vars(args).items() if key not in train.FREE}
             same = reference.setdefault(json.dumps(settings), lane)
-            if same != lane and not lane.startswith("baseline"):
+            if same != lane and not lane.startswith(("baseline", "column")):       # these may be the same by chance
                 raise train.InputError(f"--lanes {lane}: with these flags it is the same as {same}")
 
     def command(self, args) -> str:
@@ -169,17 +169,29 @@ class Sweep:
         alone = settings_of(args, {"out": Path(args.out).name.rsplit("-", 1)[0] + ".pt"})
         return " ".join([f"OMP_NUM_THREADS={self.threads}", train.command_line(alone), *COMPILE[args.compile]])
 
+    def whole_command(self) -> str:
+        """What makes all of these runs and their report, whatever commands they came from."""
+        flags = train.command_line(settings_of(self.base, {"out": train.RECIPE["out"]})).removeprefix(f"{train.LAUNCH} train.py")
+        return " ".join([f"OMP_NUM_THREADS={self.threads} python interventions.py{flags}", *COMPILE[self.base.compile], "--lanes", *self.lanes,
+                         f"--seeds {len(self.seeds)} --out", shlex.quote(str(self.folder))])
+
     def result(self, lane: str, seed: int) -> dict | None:
         """What came out of a finished and diagnosed run."""
         args = self.args(lane, seed)
-        with contextlib.suppress(FileNotFoundError):
-            result = args and json.loads(diagnosis_path(args.out).read_text())
-            return result and result | {"lane": lane, "seed": seed, "command": self.command(args), "checkpoint": args.out}
-        return None
+        path = args and diagnosis_path(args.out)
+        if not path or not path.exists():
+            return None
+        try:
+            result = json.loads(path.read_text())
+            if not set(REPORTED) <= set(result):
+                raise ValueError
+        except (OSError, ValueError, TypeError) as error:
+            raise train.InputError(f"{path}: damaged; delete it, and it is made again") from error
+        return result | {"lane": lane, "seed": seed, "command": self.command(args), "checkpoint": args.out}
 
     def call(self, command: list[str], log: Path, heard=lambda line: None):
         """Runs a command, its output into the log. Failed: with its last line."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        environment = {key: value for key, value in os.environ.items() if key != "MKL_NUM_THREADS"} | {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with open(log, "a") as f:
             # A child keeps the folder's lock: no second sweep starts beside what a killed one left, which ends with its next line.
             child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -203,7 +215,7 @@ class Sweep:
         if args is None:
             raise Failed("it needs its seed's baseline, which failed")
         out, log = Path(args.out), Path(args.out).with_suffix(".log")
-        there = out.exists()
+        there, here = out.exists(), {key: getattr(args, key) for key in ("data_root", "workers", "device")}            # here: what may have changed since
 
         def listen(line: str):
             word, _, rest = line.partition(" ")
@@ -212,11 +224,11 @@ class Sweep:
                 heard(int(epoch) / args.epochs)
 
         if not there or "progress" in train.read_checkpoint(out):
-            flags = ["--resume", f"--out={out}"] if there else train.as_flags(vars(args) | {"compile": None}) + COMPILE[args.compile]
+            flags = ["--resume", f"--out={out}", *train.as_flags(here)] if there else train.as_flags(vars(args) | {"compile": None}) + COMPILE[args.compile]
             self.call([str(HERE / "train.py"), *flags], log, listen)
         heard(1.0)
         if not diagnosis_path(out).exists():
-            self.call(["-c", "import sys; sys.path.insert(0, sys.argv[1]); import interventions; interventions.diagnose(sys.argv[2])", str(HERE), str(out)], log)
+            self.call(["-c", "import sys; sys.path.insert(0, sys.argv[1]); import interventions; interventions.diagnose(*sys.argv[2:])", str(HERE), str(out), json.dumps(here)], log)
 
     def stop(self):
         self.stopping.set()
@@ -252,7 +264,7 @@ class Sweep:
                     concurrent.futures.wait([futures["baseline", seed]])
                 try:
                     self.run(lane, seed, heard)
-                except (Failed, train.InputError) as error:
+                except (Failed, train.InputError, OSError) as error:
                     if not self.stopping.is_set():
                         failed[lane, seed] = str(error)
                         tqdm.write(f"{lane}, seed {seed} failed: {error}", file=sys.stderr)
@@ -285,11 +297,12 @@ def diagnosis_path(checkpoint: str | Path) -> Path:
 
 
 @torch.no_grad()
-def diagnose(path: str):
+def diagnose(path: str, here: str = "{}"):
     """What the report takes from one finished run, as JSON beside its checkpoint: predictions on the test images, geometry of the
-    weights and of every stage of the reader, and what permuting the bias column costs."""
+    weights and of every stage of the reader, and what permuting the bias column costs. here: settings in place of the run's, as JSON."""
     content = train.read_checkpoint(path)
-    args, device = argparse.Namespace(**content["args"]), train.find_device(content["args"]["device"])
+    args = argparse.Namespace(**content["args"] | json.loads(here))
+    device = train.find_device(args.device)
     model = train.model_from(content, path, device).eval().requires_grad_(False)
     model.bf16 = False                                     # small differences are compared
     data, test = train.load_dataset(args, device)
@@ -370,6 +383,7 @@ def additive(cell: tuple[int, ...]) -> np.ndarray:
 # What is asked of the eight cells: effects and interactions; and of each joined cell, what it has beyond the single gains.
 ASKED = {" x ".join(FACTORS[f] for f in subset): contrast(subset) for subset in SUBSETS} | {
     f"{lane_of(cell)} - additive": np.array([float(other == cell) for other in CELLS]) - additive(cell) for cell in CELLS if sum(cell) > 1}
+JOINED = f"{'+'.join(FACTORS)} - additive"                 # the one that decides whether gains add up, so that there is one chance of error
 
 
 def factorial(y: np.ndarray) -> dict[str, tuple[float, float | None, float | None]]:
@@ -410,6 +424,7 @@ def difference(found: dict[str, list[dict]], lane: str, other: str, key: str = "
 
 
 MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "colour_r2", "seconds")
+REPORTED = (*MEASURED, "right", "training", "experiments", "permuted", "highest_column", "highest_permuted", "parameters", "gflop_per_image", "device", "threads", "versions")
 
 
 def summarise(found: dict[str, list[dict]]) -> dict:
@@ -420,8 +435,9 @@ def summarise(found: dict[str, list[dict]]) -> dict:
         for key in MEASURED:
             values = np.array([r[key] for r in results], dtype=float)
             row[key] = (float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None)
-        report["lanes"].append(row | {key: results[0][key] for key in ("parameters", "gflop_per_image")})
+        report["lanes"].append(row | {key: results[0][key] for key in ("parameters", "gflop_per_image")} | {key: results[0]["training"][key] for key in ("w_task", "w_cluster")})
         if lane in (*FACTORS, *COMBINED) and (control := difference(found, lane, "deeper")):
+            control["gain"] = row["difference"]["interval"]
             control["dearer"] = any(results[0][key] > found["deeper"][0][key] for key in ("parameters", "gflop_per_image"))
             report["controls"].append(control)
     pairs = (("bias", "column"), ("bias", "column-random"), ("colour", "centred"))
@@ -438,7 +454,11 @@ def summarise(found: dict[str, list[dict]]) -> dict:
             scales = factorial_over_images(right), factorial_over_images(right, odds=True)
         report["factorial"] = {"seeds": len(seeds), "accuracy": scales[0], "log_odds": scales[1], "cells": [
             {"lane": lane, "measured": float(m), "additive": float(additive(cell) @ y.mean(1))} for lane, cell, m in zip(cells, CELLS, y.mean(1))]}
-    report["across"] = diagnostics.across(diagnostics.points([r for results in found.values() for r in results]))
+    models = {}
+    for point in diagnostics.points([r for results in found.values() for r in results]):
+        models.setdefault((point["setting"], point["seed"]), point)                    # two lanes may be the same: a model counts once
+    report["across"] = diagnostics.across(list(models.values()))
+    report["late"] = [r["experiments"]["token-flow"]["late_minus_half"] for r in found.get("baseline", [])]
     return report
 
 
@@ -454,29 +474,35 @@ def claims(report: dict, images: str = "test images") -> list[str]:
     across, side, by = report["across"], diagnostics.side, {row["lane"]: row for row in report["lanes"]}
     about = lambda n: f"over {n} seeds" if n > 1 else f"over {images}, one seed"
     few = "not decided here (fewer than three seeds)"
+    baseline = few if by.get("baseline", {"n": 0})["n"] < 3 else "not decided here (the baseline's architecture is not that of most models)"
     lines = [verdict for verdict in across["verdicts"] if verdict.split(":")[0] in ("C1, baseline", "C2, baseline")]
     if not lines:
         rho = {key: (c or {}).get("spearman", {}) for key, c in across["correlations"].items()}
         purity, last = rho.get("purity", {}).get("phi - theta"), rho.get("stage purity", {}).get("last - first")
         models = f"over {across['models']} models of one architecture" if purity else "too few models"
-        lines = [f"C1: {few}. Reader - best geometry {100 * by['baseline']['gap'][0]:+.1f} points (rule: > 2); Spearman's rho(purity of phi - theta, accuracy) {shown(purity, 1, 2)}, {models} (rule: < 0.5)"] if "baseline" in by else []
-        lines.append(f"C2: {few}. rho(purity at the last stage) - rho(purity of phi - theta) {shown(last, 1, 2)}, {models} (rule: > 0)")
+        lines = [f"C1: {baseline}. Reader - best geometry {100 * by['baseline']['gap'][0]:+.1f} points (rule: > 2); Spearman's rho(purity of phi - theta, accuracy) {shown(purity, 1, 2)}, {models} (rule: < 0.5)"] if "baseline" in by else []
+        late = ", ".join(shown(interval, 100) for interval in report["late"])
+        lines.append(f"C2: {baseline}. rho(purity at the last stage) - rho(purity of phi - theta) {shown(last, 1, 2)}, {models} (rule: > 0); "
+                     f"rise of 10-NN in the second half of the baseline's blocks - half of the rise {late} points over {images} (rule: > 0)")
     lines += [f"C1: purity of phi - theta, w_task {pair['w_task']:g} minus 0, same seeds: {shown(pair['interval'] or (pair['mean'], None, None), 1, 3)}, n = {pair['n']}" for pair in across.get("pairs", [])]
     for row in report["lanes"]:
         if row["lane"].startswith("cluster") and row["difference"]:
             lines.append(f"C1, {row['lane']} against {row['minus']}: purity of phi - theta {shown(row['purity_difference']['interval'], 1, 3)}, accuracy {shown(row['difference']['interval'], 100)} points, "
                          + about(row["difference"]["seeds"]))
     for control in report["controls"]:
-        verdict = {1: "supported", -1: "refuted", 0: "not decided here"}[side(control["interval"], 0)] if control["seeds"] >= 3 else few
-        lines.append(f"C4, {control['lane']}: {verdict}. Accuracy - that of the capacity control {shown(control['interval'], 100)} points, {about(control['seeds'])} (rule: > 0, refuted < 0)"
-                     + ("; this lane is dearer than the control" if control["dearer"] else ""))
+        over, gain = side(control["interval"], 0), side(control["gain"], 0)
+        verdict = few if control["seeds"] < 3 else "refuted" if over < 0 else "supported" if over > 0 and gain > 0 else "not decided here"
+        lines.append(f"C4, {control['lane']}: {verdict}. Accuracy - that of the capacity control {shown(control['interval'], 100)} points, - the baseline's {shown(control['gain'], 100)}, "
+                     f"{about(control['seeds'])} (rule: both > 0, refuted if the first is < 0)" + ("; this lane is dearer than the control" if control["dearer"] else ""))
+    if not report["controls"]:
+        lines.append("C4: not measured: that takes the lane deeper and one or more of route, bias, dense")
     if found := report["factorial"]:
-        both = [name for name in found["accuracy"] if " x " in name and side(found["accuracy"][name], 0) == side(found["log_odds"][name], 0) != 0]
-        what = f"interactions that exclude 0 in accuracy and in log-odds: {', '.join(both) or 'none'}, {about(found['seeds'])} (rule: not additive if there is one)"
-        lines.append(f"C4, adding up: {few if found['seeds'] < 3 else 'not additive' if both else 'not decided here'}; {what}")
+        beyond, odds = (found[scale][JOINED] for scale in ("accuracy", "log_odds"))
+        verdict = few if found["seeds"] < 3 else "not additive" if side(beyond, 0) == side(odds, 0) != 0 else "additive" if side(beyond, -0.02) > 0 > side(beyond, 0.02) else "not decided here"
+        lines.append(f"C4, adding up: {verdict}. All three together - the sum of their single gains {shown(beyond, 100)} points, {shown(odds, 1, 2)} in log-odds, {about(found['seeds'])} "
+                     "(rule: not additive if both exclude 0 on the same side, additive if within 2 points of 0)")
     lines += [f"{pair['lane']} - {pair['minus']}: accuracy {shown(pair['interval'], 100)} points, {about(pair['seeds'])}" for pair in report["pairs"]]
-    if len(report["controls"]) > 1:
-        lines.append("Intervals are of one comparison each: not corrected for their number.")
+    lines.append("Intervals are of one comparison each: not corrected for their number.")
     return lines
 
 
@@ -499,8 +525,9 @@ def lane_table(report: dict) -> str:
 
 
 def columns_text(sweep: Sweep, images: str) -> str:
-    return (f"n: seeds. accuracy: of the reader on {images}, mean ± sd over seeds; - baseline: points, paired over the seeds that both have, [95% t interval], with one seed [over {images}] "
-            f"(lanes cluster...: against baseline64). PSNR in dB{', an estimate over drawn pixels' if sweep.base.fraction < 1 else ''}. purity: share of an image's 10 nearest {images} in phi - theta that have its "
+    return (f"n: seeds. accuracy: of the reader on {images}, mean ± sd over seeds{', with other drawn pixels than train.py reports' if sweep.base.fraction < 1 else ''}; - baseline: points, paired over the "
+            f"seeds that both have, [95% t interval, for these {images}], with one seed [over {images}] (lanes cluster...: against baseline64). "
+            f"PSNR in dB{', an estimate over drawn pixels' if sweep.base.fraction < 1 else ''}. purity: share of an image's 10 nearest {images} in phi - theta that have its "
             "class. 10-NN: % at the reader's last stage, mean over tokens (over the queries where there are some), a branch left out. lost: points of accuracy with the bias column permuted over the images.")
 
 
@@ -518,19 +545,24 @@ def factorial_table(found: dict) -> str:
         ["cell", "measured %", "singles added up %"], [[c["lane"], f"{100 * c['measured']:.1f}", f"{100 * c['additive']:.1f}"] for c in found["cells"]])
 
 
-ABOUT = """C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader's accuracy. C2: purity goes with accuracy only at late
+ABOUT = """phi - theta: how far the fitted weights phi of an image moved from the anchor theta that all images share. Reader - best geometry: the reader's accuracy less that of the best of k-NN
+and nearest class mean on phi - theta. w_task: weight of the class loss for the INR. Capacity control: the lane deeper. Stages of the reader: the input map, then attention and MLP of each block.
+
+C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader's accuracy. C2: purity goes with accuracy only at late
 stages of the reader. C4: a stronger readout (route), a bias route (bias), denser fitting (dense) help beyond a deeper reader of the same cost, and do not add up."""
 
 
-def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
+def write_report(sweep: Sweep, failed: dict) -> bool:
     """report.md, report.json and figures in the sweep's folder, tables on the terminal. False where nothing is finished."""
     found = {lane: [r for r in (sweep.result(lane, seed) for seed in sweep.seeds) if r] for lane in sweep.lanes}
     found = {lane: results for lane, results in found.items() if results}
     missing = [f"{lane} seed {seed}" for lane in sweep.lanes for seed in sweep.seeds if seed not in [r["seed"] for r in found.get(lane, [])]]
     if not found:
         return False
-    report, runs = summarise(found), [r for results in found.values() for r in results]
-    images = "held-out training images" if sweep.base.val else "test images"
+    runs, images = [r for results in found.values() for r in results], "held-out training images" if sweep.base.val else "test images"
+    if len({len(r["right"]) for r in runs}) > 1:
+        raise train.InputError(f"{sweep.folder}: its runs saw different numbers of {images}: the data were changed in between")
+    report = summarise(found)
     figures = {"lanes.png": (lanes_figure, "Accuracy less the baseline's"), "clusters.png": (clusters_figure, "Purity of the weights against accuracy"),
                "factorial.png": (factorial_figure, "Effects and interactions of the three factors"), "population.png": (population_figure, "Which stage's purity goes with accuracy")}
     drawn = [name for name, (draw, _) in figures.items() if draw(sweep.folder / name, report, images)]
@@ -538,18 +570,18 @@ def write_report(sweep: Sweep, about: dict, failed: dict) -> bool:
         (sweep.folder / name).unlink(missing_ok=True)      # an earlier report's
     lines, columns = claims(report, images), columns_text(sweep, images)
     hardware = sorted({f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)} a run, torch {r['versions']['torch']}" for r in runs})
-    text = [f"# Interventions on {sweep.base.dataset}, {sweep.base.size}x{sweep.base.size} pixels", f"`{about['command']}`",
-            f"Lanes: {len(found)}; seeds: {', '.join(map(str, sweep.seeds))}; runs: {len(runs)}; {len(runs[0]['right'])} {images}; {'; '.join(hardware)}."
+    text = [f"# Interventions on {sweep.base.dataset}, {sweep.base.size}x{sweep.base.size} pixels", f"`{sweep.whole_command()}`",
+            f"Lanes: {len(found)}; {len(sweep.seeds)} seed{'s' * (len(sweep.seeds) > 1)} ({', '.join(map(str, sweep.seeds))}); runs: {len(runs)}; {len(runs[0]['right'])} {images}; {'; '.join(hardware)}."
             + (f" Not finished: {', '.join(missing)}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
             lane_table(report), columns, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines), *(f"![{figures[name][1]}]({name})" for name in drawn)]
     if report["factorial"]:
         text += ["## Do gains add up", "A factor alone: accuracy with it less without it, over the four settings of the other two; a x b: the difference of such differences; "
                  "a+b - additive: what the joined lane has beyond the baseline plus the gains of its single lanes.", factorial_table(report["factorial"])]
-    text += ["## Cost", "training: the median epoch's wall time, beside whatever else ran, times the epochs; colour R²: how well four principal components of the bias column tell an image's mean colour, on images not fitted to.",
+    text += ["## Cost", "training: the median epoch's wall time, beside whatever else ran, times the epochs; GFLOP an image: counted, of the matrix products of one training step; colour R²: how well four principal components of the bias column tell an image's mean colour, on images not fitted to.",
              cost_table(report, found, sweep.base), "## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```\n" + "\n".join(r["command"] for r in runs) + "\n```"]
     (sweep.folder / "report.md").write_text("\n\n".join(text) + "\n")
-    kept = ("lane", "seed", "command", "checkpoint", *MEASURED, "permuted", "highest_column", "highest_permuted", "parameters", "gflop_per_image", "device", "threads", "versions")
-    diagnostics.save(sweep.folder / "report.json", about | {"failed": {f"{lane}, seed {seed}": words for (lane, seed), words in failed.items()}, "missing": missing, "claims": lines, **report,
+    kept = ("lane", "seed", "command", "checkpoint", *(key for key in REPORTED if key not in ("right", "training", "experiments")))
+    diagnostics.save(sweep.folder / "report.json", {"command": sweep.whole_command(), "flags": vars(sweep.base), "failed": {f"{lane}, seed {seed}": words for (lane, seed), words in failed.items()}, "missing": missing, "claims": lines, **report,
                                                             "runs": [{key: r[key] for key in kept} for r in runs]})
     print("\n\n".join([lane_table(report), diagnostics.fold(columns), diagnostics.fold("\n".join(lines))]))
     print(f"wrote {', '.join(f'{sweep.folder}/{name}' for name in ('report.md', 'report.json', *drawn))}")
@@ -576,33 +608,33 @@ def lanes_figure(path: Path, report: dict, images: str) -> bool:
     if rows:
         figure, (axis,) = diagnostics.canvas(1, 1, 8, 1.5 + 0.28 * len(rows))
         dots(axis, [r["lane"] for r in rows], [r["difference"]["interval"] for r in rows], [r["difference"]["seeds"] for r in rows])
-        axis.set_xlabel("accuracy - that of its baseline (points)")
-        axis.set_title(f"95% intervals: filled, over seeds; hollow, one seed, over {images}\norange: the capacity control", fontsize=10)
+        axis.set_xlabel("accuracy - that of its baseline (cluster...: baseline64), points")
+        axis.set_title(f"95% intervals: filled, over seeds; hollow, one seed, over {images}" + "\norange: the capacity control" * any(r["lane"] == "deeper" for r in rows), fontsize=10)
         figure.savefig(path)
     return bool(rows)
 
 
 def clusters_figure(path: Path, report: dict, images: str) -> bool:
     """Purity of phi - theta against accuracy as the weight of the class loss, or of the contrastive loss, grows."""
-    by = {r["lane"]: r for r in report["lanes"]}
-    series = {"w_task, weight of the class loss": {"wt": "0", "task0.001": "0.001", "baseline": "0.01", "task0.1": "0.1", "task1": "1", "task10": "10"},
-              "w_cluster, weight of the contrastive loss (batches of 64)": {"baseline64": "0", "cluster0.01": "0.01", "cluster0.1": "0.1", "cluster1": "1"}}
-    series = {title: {lane: name for lane, name in lanes.items() if lane in by} for title, lanes in series.items()}
-    if max(map(len, series.values())) < 2:
+    lanes = [r for r in report["lanes"] if "+" not in r["lane"]]
+    series = {"w_task": ("weight of the class loss", [r for r in lanes if r["lane"] in ("wt", "baseline") or r["lane"].startswith("task")]),
+              "w_cluster": ("weight of the contrastive loss", [r for r in lanes if r["lane"].startswith(("baseline64", "cluster"))])}
+    series = {key: (title, sorted(rows, key=lambda r: r[key])) for key, (title, rows) in series.items() if len(rows) > 1}
+    if not series:
         return False
-    figure, axes = diagnostics.canvas(1, 2, 11, 4.6, sharey=True)
-    for axis, (title, lanes) in zip(axes, series.items()):
-        x, y = ([by[lane][key] for lane in lanes] for key in ("purity", "reader"))
-        axis.plot([m for m, _ in x], [100 * m for m, _ in y], color="C0", alpha=0.4)
-        for k, (name, (px, sx), (py, sy)) in enumerate(zip(lanes.values(), x, y)):
-            axis.errorbar(px, 100 * py, xerr=sx, yerr=sy and 100 * sy, fmt="osD^vP"[k], color=f"C{k}", capsize=2, label=name)
-        axis.legend(title="weight", fontsize=9, title_fontsize=9)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(f"purity of phi - theta (share of 10 nearest {images})")
+    figure, axes = diagnostics.canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
+    for axis, (key, (title, rows)) in zip(axes, series.items()):
+        axis.plot([r["purity"][0] for r in rows], [100 * r["reader"][0] for r in rows], color="C0", alpha=0.4)
+        for k, r in enumerate(rows):
+            (x, sx), (y, sy) = r["purity"], r["reader"]
+            axis.errorbar(x, 100 * y, xerr=sx, yerr=sy and 100 * sy, fmt="osD^vP"[k], color=f"C{k}", capsize=2, label=f"{r[key]:g}")
+        axis.legend(title=key, fontsize=9, title_fontsize=9)
+        axis.set_title(f"{key}, {title}", fontsize=10)
+        axis.set_xlabel("purity of phi - theta: share of 10 nearest images of its class")
         axis.grid(alpha=0.3)
         axis.margins(0.12)
     axes[0].set_ylabel("reader accuracy (%)")
-    figure.suptitle("Does accuracy follow purity? A point is a lane; bars: sd over seeds where there are several", fontsize=10)
+    figure.suptitle("Does accuracy follow purity? A point is a lane" + ("; bars: sd over seeds" if any(r["n"] > 1 for r in lanes) else ", one seed"), fontsize=10)
     figure.savefig(path)
     return True
 
@@ -645,7 +677,7 @@ def population_figure(path: Path, report: dict, images: str) -> bool:
 # ---- Command line --------------------------------------------------------------------------------------------------------
 
 OWN = ("lanes", "seeds", "jobs", "report_only", "out")
-UNUSED = ("resume", "eval_only", "ckpt", "bench")
+UNUSED = ("resume", "eval_only", "ckpt", "bench", "steps_test")            # the diagnosis fits with k steps
 
 
 def parser() -> train.Parser:
@@ -664,14 +696,18 @@ def parser() -> train.Parser:
 
 def read_mark(folder: Path) -> dict | None:
     """What the folder's sweep is; None where there is none yet. InputError: a folder with something else in it."""
+    types = {"threads": int, "settings": dict, "facts": list, "lanes": list, "seeds": int}
     try:
         mark = json.loads((folder / "sweep.json").read_text())
-        if mark["format"] == MARK and mark["version"] == VERSION and set(mark) >= {"command", "threads", "settings", "facts", "lanes", "seeds"}:
-            return mark
+        if mark["format"] == MARK and mark["version"] == VERSION and all(isinstance(mark[key], kind) for key, kind in types.items()):
+            known = vars(train.parser().parse_args(train.as_flags(mark["settings"])))              # they pass the same checks as a user's
+            in_order(mark["lanes"])
+            if {"dataset", "size"} <= set(known) and mark["seeds"] > 0 < mark["threads"]:
+                return mark | {"settings": train.RECIPE | mark["settings"]}
     except FileNotFoundError:
-        if not folder.exists() and folder.parent.is_dir() or folder.is_dir() and not any(folder.iterdir()):
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {"runs", "lock"} or not folder.exists() and folder.parent.is_dir():
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, train.InputError):
         pass
     raise train.InputError(f"--out {folder}: " + ("holds something else than a sweep of this program; name another folder" if folder.exists() else f"there is no folder {folder.parent}"))
 
@@ -682,9 +718,9 @@ def report_again(folder: Path, given: dict):
         raise train.InputError(f"--out {folder}: no sweep there")
     if set(given) - {"out", "report_only"}:
         raise train.InputError("--report-only takes --out alone: the folder knows its sweep")
-    base = argparse.Namespace(**train.RECIPE | mark["settings"])
+    base = argparse.Namespace(**mark["settings"])
     seeds = list(range(base.seed, base.seed + mark["seeds"]))
-    if not write_report(Sweep(folder, base, mark["lanes"], seeds, mark["threads"], mark["facts"]), {"command": mark["command"], "flags": vars(base)}, {}):
+    if not write_report(Sweep(folder, base, mark["lanes"], seeds, mark["threads"], mark["facts"]), {}):
         raise train.Stop(1, "no run is finished yet: nothing to report")
 
 
@@ -699,22 +735,24 @@ def run(argv: list[str] | None):
     if given.get("report_only"):
         return report_again(folder, given)
     lanes, count, jobs = given.get("lanes", ["all"]), given.get("seeds", 3), given.get("jobs", 1)
-    lanes = in_order([*LANES, *COMBINED] if "all" in lanes else lanes)
+    lanes = in_order([lane for name in lanes for lane in ([*LANES, *COMBINED] if name == "all" else [name])])
     base, mark = train.settings({key: value for key, value in given.items() if key not in OWN}), read_mark(folder)
     for key in ("dataset", "size", "train_size", "test_size", "val") if mark else ():
         if mark["settings"][key] != getattr(base, key):
             raise train.InputError(f"--out {folder}: holds a sweep with --{key.replace('_', '-')} {mark['settings'][key]}, not {getattr(base, key)}; name another folder")
     train.find_device(base.device)
     facts = train.facts(train.load_dataset(base, train=False)[0])
+    if mark and mark["facts"] != list(facts):
+        raise train.InputError(f"--out {folder}: the data were changed since that sweep began: other classes or number of images; name another folder")
     # One number of threads for all runs of a folder, since rounding depends on it.
-    threads = mark["threads"] if mark else int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, (os.cpu_count() or 1) // jobs)
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    threads = mark["threads"] if mark else int(wanted) if wanted.isdecimal() and int(wanted) else max(1, (os.cpu_count() or 1) // jobs)
     sweep = Sweep(folder, base, lanes, list(range(base.seed, base.seed + count)), threads, facts)
     sweep.check()                                          # all that can be wrong, before the first run
     asked = {"lanes": lanes, "seeds": count}
     settings = lambda of: {key: value for key, value in of.items() if key not in train.FREE}
     if mark and settings(mark["settings"]) == settings(vars(base)):            # the report covers what earlier commands asked for, too
         asked = {"lanes": in_order([*mark["lanes"], *lanes]), "seeds": max(count, mark["seeds"])}
-    command = shlex.join(["python", "interventions.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         sweep.lock = open(folder / "lock", "w")
@@ -725,10 +763,10 @@ def run(argv: list[str] | None):
             fcntl.flock(sweep.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise train.InputError(f"--out {folder}: a sweep is at work there, or a run that a killed one left; wait for it, or stop it") from error
-    diagnostics.save(folder / "sweep.json", {"format": MARK, "version": VERSION, "command": command, "threads": threads, "settings": vars(base), "facts": facts, **asked})
+    diagnostics.save(folder / "sweep.json", {"format": MARK, "version": VERSION, "threads": threads, "settings": vars(base), "facts": facts, **asked})
     failed = sweep.work(jobs)
     whole = Sweep(folder, base, asked["lanes"], list(range(base.seed, base.seed + asked["seeds"])), threads, facts)
-    written = write_report(whole, {"command": command, "flags": vars(base)}, failed)
+    written = write_report(whole, failed)
     if failed:
         raise train.Stop(1, f"{len(failed)} of the runs failed; the same command tries them again")
     assert written

@@ -1715,10 +1715,11 @@ def test_report_of_planted_runs():
         right = torch.zeros(n, dtype=torch.int)
         right[torch.randperm(n, generator=g)[:round(accuracy * n)]] = 1
         return {"lane": lane, "seed": seed, "reader": float(right.double().mean()), "right": "".join(map(str, right.tolist())), "psnr": 30.0, "purity": 0.3, "gap": 0.1, "last_knn10": 0.5, "lost": 0.1, "colour_r2": 0.9,
-                "parameters": 1, "gflop_per_image": 1.0, "seconds": 1.0}
+                "parameters": 1, "gflop_per_image": 1.0, "seconds": 1.0, "training": {"w_task": 0.01, "w_cluster": 0.0}, "setting": lane,
+                "experiments": {"token-flow": {"late_minus_half": (0.0, -0.1, 0.1)}}}
     gains = {"baseline": 0.0, "deeper": 0.01, "route": 0.05, "bias": 0.01, "dense": 0.0, "route+bias": 0.02, "route+dense": 0.05, "bias+dense": 0.01, "route+bias+dense": 0.02}
     jitter = lambda lane, seed: 0.001 * ((hash((len(lane), seed)) % 5) - 2)
-    with replaced(diagnostics, "across", lambda points: {"verdicts": [], "correlations": {}, "models": 0, "points": []}), replaced(diagnostics, "points", lambda models: models):
+    with replaced(diagnostics, "across", lambda points: {"verdicts": [], "correlations": {}, "models": len(points), "points": []}), replaced(diagnostics, "points", lambda models: models):
         for seeds in (3, 1):
             found = {lane: [result(lane, seed, 0.5 + gain + 0.01 * seed + jitter(lane, seed)) for seed in range(seeds)] for lane, gain in gains.items()}
             planted = interventions.summarise(found)
@@ -1727,9 +1728,23 @@ def test_report_of_planted_runs():
             by = {line.split(":")[0]: line for line in lines}
             if seeds == 3:
                 assert "supported" in by["C4, route"] and "refuted" in by["C4, dense"] and "not decided" in by["C4, bias"], lines
-                assert "not additive" in by["C4, adding up"] and "route x bias" in by["C4, adding up"], lines
+                assert "not additive. All three together - the sum of their single gains -4." in by["C4, adding up"], lines
             else:
                 assert all("not decided here (fewer" in line for line in lines) and "one seed" in by["C4, route"], lines
+        def verdicts(gains, noise=0.0):
+            found = {lane: [result(lane, seed, 0.5 + gain + 0.01 * seed + noise * rng.standard_normal()) for seed in range(3)] for lane, gain in gains.items()}
+            return {line.split(":")[0]: line.split(":")[1].split(".")[0].strip() for line in interventions.claims(interventions.summarise(found)) if line.startswith("C4")}
+
+        rng, single = np.random.default_rng(0), {"route": 0.05, "bias": 0.02, "dense": 0.01}
+        sums = {"baseline": 0.0, "deeper": 0.0} | {lane: sum(single[part] for part in lane.split("+")) for lane in [*single, *interventions.COMBINED]}
+        assert verdicts(sums, 0.001)["C4, adding up"] == "additive" and verdicts(sums, 0.02)["C4, adding up"] == "not decided here"
+        # better than a control that depth harms, but worse than the baseline: no gain
+        harmed = verdicts({"baseline": 0.0, "deeper": -0.05, "route": -0.02, "bias": 0.03}, 0.001)
+        assert harmed == {"C4, route": "not decided here", "C4, bias": "supported"}, harmed
+        assert verdicts({"baseline": 0.0, "bias": 0.0}) == {"C4": "not measured"}
+        # a model that stands under two names counts once
+        twice = {lane: [result("baseline", seed, 0.5) for seed in range(3)] for lane in ("baseline", "baseline64")}
+        assert interventions.summarise(twice)["across"]["models"] == 3
     assert interventions.difference({"a": [result("a", 0, 0.5)], "b": [result("b", 1, 0.5)]}, "a", "b") is None
 
 
@@ -1781,9 +1796,22 @@ def test_sweep_command():
         for argv, word in ((["--lanes", "magic"], "magic"), (["--lanes", "bias+bias"], "twice"), (["--seeds", "0"], "--seeds"), (["--report-only"], "--out alone"), (["--train-size", "200"], "--train-size 160, not 200"),
                            (["--lanes", "baseline+bias"], "baseline"), (["--lanes", "bias+colour"], "--branch"), (["--lanes", "bias", "--branch", "bias"], "same as baseline"),
                            (["--lanes", "cluster1", "--train-size", "40", "--out", "small"], "batches of 64"), (["--lanes", "deeper", "--fraction", "0.02", "--size", "32", "--out", "small"], "deeper"), (["--out", "no/such"], "no folder"),
-                           (["--lanes", "dense", "--steps-test", "2"], "--lanes dense"), (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
+                           (["--steps-test", "2"], "--steps-test"), (["--lanes", "all", "magic"], "magic"), (["--lanes", "column+bias", "--out", "small"], "bias+column: two"), (["--resume"], "--resume"), (["--out", "."], "something else"), (["--branch", "magic"], "--branch")):
             status, out, err = sweep([*SWEEP, *argv])
             assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, err)
+        assert not (here / "small").exists()
+        # a damaged file, or data that changed, is named before any work
+        for name, content in (("runs/" + next((here / "copy" / "runs").glob("deeper-*.diagnosis.json")).name, "{}"), ("sweep.json", '{"format": "routed-inr sweep", "version": 1, "settings": {}}')):
+            kept = (here / "copy" / name).read_text()
+            for text in (content, kept[:len(kept) // 2]):
+                (here / "copy" / name).write_text(text)
+                for argv in ([*SWEEP, "--lanes", "deeper", "--out", "copy"], ["--report-only", "--out", "copy"]):
+                    status, out, err = sweep(argv)
+                    assert status == 2 and err.count("\n") == 1 and ("damaged" in err or "something else" in err) and not out, (argv, err)
+            (here / "copy" / name).write_text(kept)
+        mark = json.loads((here / "copy" / "sweep.json").read_text())
+        (here / "copy" / "sweep.json").write_text(json.dumps(mark | {"facts": [1, mark["facts"][1], 7]}))
+        assert "data were changed" in sweep([*SWEEP, "--lanes", "wt", "--out", "copy"])[2]
         assert interventions.in_order(["bias+route", "cluster0.1+bias"]) == ["baseline", "baseline64", "route+bias", "bias+cluster0.1"]
         assert sweep(["--lanes", "wt"])[0] == 2 and sweep(["--report-only", "--out", "nowhere"])[0] == 2
 
