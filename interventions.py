@@ -546,7 +546,7 @@ def factorial_table(found: dict) -> str:
 
 
 ABOUT = """phi - theta: how far the fitted weights phi of an image moved from the anchor theta that all images share. Reader - best geometry: the reader's accuracy less that of the best of k-NN
-and nearest class mean on phi - theta. w_task: weight of the class loss for the INR. Capacity control: the lane deeper. Stages of the reader: the input map, then attention and MLP of each block.
+and nearest class mean on phi - theta. w_task: weight of the class loss for the INR. Capacity control: the lane deeper. Stages of the reader: input tokens, input map, attention and MLP of each block (A1, M1, ...).
 
 C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader's accuracy. C2: purity goes with accuracy only at late
 stages of the reader. C4: a stronger readout (route), a bias route (bias), denser fitting (dense) help beyond a deeper reader of the same cost, and do not add up."""
