@@ -649,7 +649,7 @@ def factorial_figure(path: Path, report: dict, images: str) -> bool:
         dots(axis, names, [found[scale][name] for name in names], [found["seeds"]] * len(names), factor)
         axis.set_xlabel(label)
         axis.set_title("Main effects (circles), interactions (squares)", fontsize=10)
-    cells = found["cells"]
+    cells = sorted(found["cells"], key=lambda cell: (cell["lane"] != "baseline") + cell["lane"].count("+"))
     for i, cell in enumerate(cells):
         value, low, high = found["accuracy"].get(f"{cell['lane']} - additive", (0, None, None))
         if low is not None:        # the interval of the difference, around what was measured
