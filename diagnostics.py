@@ -459,6 +459,11 @@ class Fits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def at_hand(self) -> bool:
+        """All of it is kept."""
+        return len(self.kept) * ROWS >= len(self)
+
     @torch.no_grad()
     def blocks(self, start: int = 0, stop: int | None = None):
         """Yields the blocks from image `start`, a multiple of ROWS, on."""
@@ -485,7 +490,7 @@ class Fits:
 
     def take(self, rows: Tensor, at_hand: bool = False) -> "Fits":
         """Those images only; in tensors of their own if all were kept, or if asked for."""
-        if len(self.kept) * ROWS < len(self) and not at_hand:
+        if not (self.at_hand or at_hand):
             return Fits(self.fit, self.data.take(rows.to(self.data.labels.device)), 0, self.device, self.workers)
         taken = None
         for block in self.blocks():
@@ -495,6 +500,24 @@ class Fits:
                 x[here] = values[rows[here] - block.start]
         images, labels, tokens, first = taken
         return Fits.given(tokens, labels, images, first)
+
+
+class Part:
+    """Some images of a bank at hand, in its order, with no copy of their fits."""
+
+    def __init__(self, bank: Fits, rows: Tensor):
+        self.bank, self.rows, self.bytes = bank, rows.sort().values, bank.bytes
+        self.labels = bank.labels[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def blocks(self, start: int = 0, stop: int | None = None):
+        """All of them; where they begin and end is the bank's affair."""
+        for block in self.bank.blocks():
+            here = self.rows[(self.rows >= block.start) & (self.rows < block.start + len(block.labels))] - block.start
+            for few in here.split(4 * FEW):
+                yield Block(block.start, *(x[few] for x in block[1:]))
 
 
 def give_back():
@@ -683,7 +706,7 @@ def clustering(coordinates: dict, bank: Fits, queries: Fits, reader: Tensor, ref
     curve, order = {}, torch.randperm(len(bank), generator=g).to(bank.labels.device)
     for n in (len(bank) // 4, len(bank) // 2):
         if n > 10:
-            part = bank.take(order[:n])
+            part = Part(bank, order[:n]) if bank.at_hand else bank.take(order[:n])
             curve[str(n)] = float((measure({"phi - theta": coordinates["phi - theta"]}, part, queries)["phi - theta"]["knn10"] == labels).double().mean())
     whole = next(row for row in rows if row["coordinate"] == "phi - theta")
     gap = paired_bootstrap(right, best, seed)
@@ -1050,7 +1073,7 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
 # ---- Content: what the route carries -------------------------------------------------------------------------------------
 
 def image_facts(images: Tensor) -> dict[str, Tensor]:
-    """What a low-dimensional route might carry, of images (n, C, size, size): each (n,)."""
+    """What a low-dimensional route might carry, of images (n, C, size, size): each (n,). Parts that have no pixel (below 4 a side) give none."""
     n, channels, size, _ = images.shape
     grey = images.mean(1)
     colours = ("red", "green", "blue") if channels == 3 else ("grey",) if channels == 1 else tuple(f"channel {c + 1}" for c in range(channels))
@@ -1064,7 +1087,7 @@ def image_facts(images: Tensor) -> dict[str, Tensor]:
     wave = torch.cos(math.pi * torch.arange(3, device=images.device)[:, None] * (torch.arange(size, device=images.device) + 0.5) / size).to(grey)   # DCT-II
     for v, u in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):
         facts[f"cosine, {v} down {u} across"] = torch.einsum("nyx,y,x->n", grey, wave[v], wave[u]) / size ** 2
-    return facts
+    return {name: values for name, values in facts.items() if not values.isnan().any()}
 
 
 def regression(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int = 0) -> list[tuple[float, float, float] | None]:
@@ -1092,8 +1115,7 @@ def mediation(read, fit, images: Tensor, tokens: Tensor, labels: Tensor, parts: 
     """
     truth, colour = labels.cpu(), images.mean((2, 3), keepdim=True)
     swapped = images + colour[donors(labels, kind, "colour", seed).to(images.device)] - colour
-    with torch.no_grad():
-        changed = torch.cat([fit_tokens(fit, x, b) for b, x in enumerate(tqdm(swapped.split(ROWS), f"fitting with the mean colour of {kind} class", leave=False, disable=None))])
+    changed = fit_tokens(fit, swapped, f"fitting with the mean colour of {kind} class")
     right = (predict(read, tokens) == truth).double()
     after = (predict(read, changed) == truth).double()
     total = paired_bootstrap(right, after, seed)
@@ -1109,9 +1131,11 @@ def mediation(read, fit, images: Tensor, tokens: Tensor, labels: Tensor, parts: 
     return result
 
 
-def fit_tokens(fit, images: Tensor, block: int) -> Tensor:
-    fitted = fit(images, block)
-    return fitted[0] if isinstance(fitted, tuple) else fitted
+@torch.no_grad()
+def fit_tokens(fit, images: Tensor, title: str) -> Tensor:
+    """Tokens (n, T, width + 1) of images (n, C, size, size), block by block."""
+    fitted = (fit(x, b) for b, x in enumerate(tqdm(images.split(ROWS), title, leave=False, disable=None)))
+    return torch.cat([tokens[0] if isinstance(tokens, tuple) else tokens for tokens in fitted])
 
 
 def content(read, fit, test: Block, reference: Block, parts: dict[str, list[Tensor]], seed: int = 0) -> dict:
@@ -1126,7 +1150,8 @@ def content(read, fit, test: Block, reference: Block, parts: dict[str, list[Tens
         to_facts = {str(r): dict(zip(known, regression(x[:, :r], y, x_test[:, :r], y_test, seed))) for r in sorted({min(r, x.shape[1]) for r in (*RANKS, 16)})}
         back = regression(y, x[:, :8], y_test, x_test[:, :8], seed)
         regressions[name] = {"to_facts": to_facts, "from_facts": back, "energy": (variances.cumsum(0) / variances.sum())[:16].tolist()}
-    return {"regressions": regressions, "mediation": [mediation(read, fit, test.images, test.tokens, test.labels, parts, kind, seed) for kind in ("other", "same")],
+    tokens = fit_tokens(fit, test.images, "fitting")       # again, since drawn pixels hang on the block an image is in
+    return {"regressions": regressions, "mediation": [mediation(read, fit, test.images, tokens, test.labels, parts, kind, seed) for kind in ("other", "same")],
             "test": len(test.labels), "reference": len(reference.labels)}
 
 
@@ -1652,8 +1677,6 @@ def diagnose(path: str, flags, device: torch.device, write) -> dict:
     every = len(data)
     if flags.samples and flags.samples < every:
         data = data.take(some(data.labels, flags.samples))
-    if min(len(data), len(test)) < 24 or len(test.labels.unique()) < 2 or len(data.labels.unique()) < 2:
-        raise train.InputError(f"{path}: {len(data)} bank and {len(test)} test images: 10 neighbours of half of them need at least 24 of each, of two classes")
     fit, read = fitter(model), model.read
     bank, queries = bank_and_queries(fit, data, test, device, args.workers)
     reference = bank if len(bank) <= REFERENCE else bank.take(some(bank.labels, REFERENCE))
@@ -1728,7 +1751,11 @@ def run(argv: list[str] | None):
         if same != path:
             raise train.InputError(f"--ckpt: {same} and {path} are the same run: the same settings and seed")
         seen = looked_at(args, flags)
-        _, test = train.load_dataset(seen, "cpu", train=False)
+        data, test = train.load_dataset(seen, "cpu", train=False)
+        if min(len(data), len(test)) < 24 or len(test.labels.unique()) < 2 or len(data.labels.unique()) < 2:
+            raise train.InputError(f"{path}: {len(data)} bank and {len(test)} test images: 10 neighbours of half of them need at least 24 of each, of two classes")
+        if flags.samples and flags.samples > len(data):
+            raise train.InputError(f"--samples {flags.samples}: {path} has only {len(data)} training images")
         if train.facts(test)[:2] != content_["data"][:2]:
             raise train.InputError(f"--dataset {seen.dataset}: other channels or classes than {path} was trained on")
     out = Path(flags.out or str(Path(flags.ckpt[0]).with_suffix("")) + "-diagnostics")

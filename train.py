@@ -467,9 +467,12 @@ def model_from(content: dict, path: str | Path, device: torch.device | str) -> M
             model = build_model(args, channels, len(classes))
         model.load_state_dict(content["model"], assign=True)
         model.coords = coordinate_grid(args.size, args.size).to(model.siren.first.dtype)
-        return model.to(device)
+        model = model.to(device)
     except Exception as error:
         raise InputError(f"{path}: a damaged checkpoint: its settings and its parameters do not agree") from error
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise InputError(f"{path}: a damaged checkpoint: its parameters are not finite")
+    return model
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> tuple[MWT, argparse.Namespace]:
@@ -671,7 +674,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
         if RANK == 0:
             rest = {} if finished else {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                                         "progress": {"epoch": epoch, "step": step, "sums": sums.cpu(), "global_batch": global_batch,
-                                                     "seconds": time.monotonic() - epoch_began}}
+                                                     "seconds": time.monotonic() - epoch_began, "waited": waited}}
             save_checkpoint(args.out, {"args": vars(args), "data": facts(data), "model": model.state_dict(), "metrics": metrics, **rest})
         saved_at = time.monotonic()
 
@@ -696,7 +699,7 @@ def train(args, model: MWT, data: Images, test: Images, content: dict | None = N
             batches = data.batches(order, device, args.workers)
             with tqdm(desc=f"epoch {epoch + 1}/{args.epochs}", total=steps_per_epoch * global_batch, unit=" images",
                       initial=first_step * global_batch, leave=False, disable=None if RANK == 0 else True) as bar:
-                read_at = waited = 0.0
+                read_at, waited = 0.0, progress.get("waited", 0.0) if first_step else 0.0
                 for step in range(first_step, steps_per_epoch):
                     error, asked_at = None, time.monotonic()
                     try:
@@ -906,7 +909,7 @@ def measure_path(args, path: str, seconds: float = 20.0, more: bool = False) -> 
     one = timed(step, 1, device)[0]
     times = timed(step, max(3, min(20, round(1000 * seconds / one))), device)
     result = {"ms": times, "images": n, "warm_up_seconds": warm_up, "peak_memory_bytes": peak_memory(device), "compiled": forward not in (None, model),
-              "flops": sum(count_flops(model, n).values())}
+              "flops": sum(count_flops(model, n).values()), "inner_gradient": model.siren.loss_and_grad.__name__}
     if more:
         coords, values = model.look(random.signal(images), None if args.fraction == 1 else model.draw(args.steps + 1, n, g))
         tokens = model.tokens(model.reconstruct(coords, values)[0]).detach().requires_grad_()
@@ -1235,10 +1238,23 @@ def run(explicit: dict):
     if explicit.get("bench"):
         usual = {"dataset": "cifar10", "out": "bench.json"} | (dict(size=320, width=256, fraction=0.01) if explicit["bench"] == "imagenet" else {})
         args = settings(usual | explicit)
-        if args.w_cluster or args.branch:
-            raise InputError("--bench measures the model without --w-cluster and --branch")
+        unused = set(explicit) & {"w_cluster", "branch", "freeze_siren", "init_from", "val", "train_size", "test_size", "steps_test", "resume", "eval_only", "ckpt"}
+        if unused or WORLD > 1:
+            raise InputError("--bench measures one process" if WORLD > 1 else f"--{min(unused).replace('_', '-')}: not with --bench, which measures a step of the plain model on random data")
         if Path(args.out).suffix != ".json" or not Path(args.out).parent.is_dir():
             raise InputError(f"--out {args.out}: with --bench a file that ends in .json, in a folder that is there")
+        for path in (Path(args.out), Path(args.out).with_suffix(".png")):
+            try:
+                touch(path)
+            except OSError as error:
+                raise InputError(f"--out {args.out}: {path} cannot be written ({error.strerror})") from error
+        for changed in [vars(args), *(changed for _, _, changed in variations(args) if args.bench == "cost")]:         # all, before the first is measured
+            settings({key: value for key, value in changed.items() if value is not None and value is not False})
+            try:
+                with torch.device("meta"):
+                    build_model(argparse.Namespace(**changed), 3, 10)
+            except (RuntimeError, OverflowError, TypeError) as error:
+                raise InputError(f"--width {args.width} --depth {args.depth}: a model of that size cannot be made here") from error
         return bench(args)
     content, only = None, bool(explicit.get("eval_only"))
     if "ckpt" in explicit and not only:
