@@ -572,7 +572,7 @@ def write_report(sweep: Sweep, failed: dict) -> bool:
     hardware = sorted({f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] > 1)} a run, torch {r['versions']['torch']}" for r in runs})
     text = [f"# Interventions on {sweep.base.dataset}, {sweep.base.size}x{sweep.base.size} pixels", f"`{sweep.whole_command()}`",
             f"Lanes: {len(found)}; {len(sweep.seeds)} seed{'s' * (len(sweep.seeds) > 1)} ({', '.join(map(str, sweep.seeds))}); runs: {len(runs)}; {len(runs[0]['right'])} {images}; {'; '.join(hardware)}."
-            + (f" Not finished: {', '.join(missing)}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
+            + (f" Not finished: {', '.join(missing) if len(missing) < 10 else f'{len(missing)} runs, named in report.json'}." if missing else "") + "".join(f"\nFailed: {lane}, seed {seed}: {words}." for (lane, seed), words in failed.items()),
             lane_table(report), columns, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines), *(f"![{figures[name][1]}]({name})" for name in drawn)]
     if report["factorial"]:
         text += ["## Do gains add up", "A factor alone: accuracy with it less without it, over the four settings of the other two; a x b: the difference of such differences; "
