@@ -119,6 +119,13 @@ def wait_for(condition, process, seconds=100):
         time.sleep(0.005)
 
 
+def written(pattern) -> bool:
+    """Whether a file of that name holds something; a program that only tries whether it can write leaves an empty one for a moment."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_size for path in Path().glob(pattern))
+    return False
+
+
 def save_image(path, pixels, mode=None):
     from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -954,7 +961,7 @@ def test_signals_save_and_say_how_to_resume():
     with folder():
         runs = {status: start([*TINY, "--epochs", "2000", "--out", f"{status}.pt"]) for status in (130, 143)}
         for status, process in runs.items():
-            wait_for(lambda: Path(f"{status}.pt").exists(), process)
+            wait_for(lambda: written(f"{status}.pt"), process)
             process.send_signal(signal.SIGINT if status == 130 else signal.SIGTERM)
         for status, process in runs.items():
             got, _, err = finish(process)
@@ -1851,13 +1858,13 @@ def test_killed_sweep_goes_on():
         return subprocess.Popen([sys.executable, HERE / "interventions.py", *flags, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     with folder() as here:
         process = begin()
-        wait_for(lambda: list(here.glob("killed/runs/baseline-*.pt")), process)
+        wait_for(lambda: written("killed/runs/baseline-*.pt"), process)
         time.sleep(0.5 * random.random())
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert "progress" in train.read_checkpoint(next(here.glob("killed/runs/baseline-*.pt")))
         process = begin()
-        wait_for(lambda: list(here.glob("killed/runs/wt-*.pt")), process)
+        wait_for(lambda: written("killed/runs/wt-*.pt"), process)
         process.send_signal(signal.SIGTERM)
         status, _, err = finish(process)
         assert status == 143 and "goes on" in err and "Traceback" not in err, err
