@@ -1,12 +1,13 @@
-"""The inner loop: meta-SGD (Li et al., arXiv 1707.03835) takes the anchor theta to one image's weights phi in k steps.
+"""The inner loop: meta-SGD (Li et al., arXiv 1707.03835) takes the anchor theta to the weights phi
+of one image in k steps.
 
     phi_0 = theta,   phi_{j+1} = phi_j - alpha_j * grad L(phi_j),   j = 0 .. k-1
 
-alpha_j holds a learned step size for every weight, one set for each step or one for all (`shared`). L is the image's
-reconstruction loss over all its pixels, or over a share s of them drawn anew at each step (`fraction`).
+alpha_j holds a learned step size for every weight, one set a step, or one for all (`shared`). L is
+the image's reconstruction loss over all its pixels, or over a share of them drawn anew each step.
 
     inner_loop = MetaSGD(siren, steps=6)
-    phi = inner_loop(siren, coords, values)                        # coords (P, 2), values (N, P, 3)
+    phi = inner_loop(siren, coords, values)                    # coords (P, 2), values (N, P, 3)
 """
 import torch
 import torch.nn as nn
@@ -14,79 +15,98 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def draw_pixels(steps: int, images: int, pixels: int, fraction: float, generator: torch.Generator | None = None,
-                device: torch.device | str = "cpu") -> Tensor:
-    """floor(fraction * pixels) distinct pixel numbers for each step and image: (steps, images, count), int64."""
-    count = int(fraction * pixels + 1e-9)                          # 0.29 * 100 is 28.999...96 in floating point
+def draw_pixels(steps, images, pixels, fraction, generator=None, device="cpu") -> Tensor:
+    """floor(fraction * pixels) distinct pixel numbers a step and image: (steps, images, n)."""
+    count = int(fraction * pixels + 1e-9)                      # 0.29 * 100 is 28.999...96
     if not 1 <= count <= pixels:
         raise ValueError(f"a fraction of {fraction} of {pixels} pixels is {count} pixels")
-    # The largest `count` of iid uniform keys are a uniform draw without replacement.
-    return torch.stack([torch.rand(images, pixels, generator=generator, device=device).topk(count, sorted=False).indices
-                        for _ in range(steps)])
+
+    # The largest of iid uniform keys are a uniform draw without replacement.
+    keys = [torch.rand(images, pixels, generator=generator, device=device) for _ in range(steps)]
+    return torch.stack([k.topk(count, sorted=False).indices for k in keys])
 
 
-def take_pixels(coords: Tensor, values: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of coords (P, in) and values (N, P, C) that pixels (steps, N, n) number -> (steps, N, n, in), (steps, N, n, C)."""
-    images = torch.arange(len(values), device=values.device).unsqueeze(-1)                # (N, 1)
+def each_step(coords: Tensor, values: Tensor, steps: int, pixels: Tensor | None = None):
+    """What each step sees of values (N, P, C) at coords (P, in): all of it, (steps, P, in) and
+    (steps, N, P, C), views without a copy; or what pixels (steps, N, n) number, (steps, N, n, in)
+    and (steps, N, n, C)."""
+    if pixels is None:
+        return coords.expand(steps, *coords.shape), values.expand(steps, *values.shape)
+    images = torch.arange(len(values), device=values.device)[:, None]                    # (N, 1)
     return coords[pixels], values[images, pixels]
 
 
 class MetaSGD(nn.Module):
-    """Parameters: step sizes first (k or 1, width, in + 1) and hidden (k or 1, depth, width, width + 1), from U(0.1, 1)."""
+    """Parameters: the step sizes alpha, from U(0.1, 1): first (k or 1, width, in + 1) and hidden
+    (k or 1, depth, width, width + 1)."""
 
     def __init__(self, siren, steps: int = 6, shared: bool = False):
         super().__init__()
         self.steps, self.shared = steps, shared
-        self.recompute = False     # True: the backward pass computes each step again, and keeps only its phi in between
+        self.recompute = False      # True: the backward pass computes each step again: less memory
         anchor = siren.anchor()
-        # Drawn step by step, so that more steps start from the same step sizes plus more.
-        drawn = [[torch.empty(w.shape, dtype=w.dtype).uniform_(0.1, 1) for w in anchor] for _ in range(1 if shared else steps)]
+        # Step by step, so that more steps start from the same step sizes plus more.
+        drawn = [[torch.empty(w.shape, dtype=w.dtype).uniform_(0.1, 1) for w in anchor]
+                 for _ in range(1 if shared else steps)]
         for name, alpha in zip(anchor._fields, zip(*drawn)):
             self.register_parameter(name, nn.Parameter(torch.stack(alpha)))
 
-    def forward(self, siren, coords: Tensor, values: Tensor, steps: int | None = None, fraction: float = 1.0):
-        """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at coords (P, in).
+    def forward(self, siren, coords: Tensor, values: Tensor, steps=None, fraction=1.0):
+        """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at
+        coords (P, in), or on a fraction of them drawn for each step. ValueError: see `descend`."""
+        steps, pixels = self.steps if steps is None else steps, None
+        if fraction < 1:
+            pixels = draw_pixels(steps, *values.shape[:2], fraction, device=values.device)
+        return self.descend(siren, *each_step(coords, values, steps, pixels))
 
-        A fraction below 1 draws pixels for each step. Or each step is given its own: values (steps, N, n, C) at coords
-        (steps, N, n, in), as from `take_pixels`. More steps than k need shared step sizes: ValueError.
-        """
-        steps = self.steps if steps is None else steps
-        if steps > self.steps and not self.shared:
-            raise ValueError(f"{steps} steps, but step sizes for {self.steps}: more needs shared=True")
-        if values.dim() == 3 and fraction < 1:
-            coords, values = take_pixels(coords, values, draw_pixels(steps, *values.shape[:2], fraction, device=values.device))
+    def descend(self, siren, coords: Tensor, values: Tensor):
+        """phi after as many steps as coords and values, of `each_step`, have for them. More steps
+        than k need shared step sizes: ValueError."""
+        if len(values) > self.steps and not self.shared:
+            raise ValueError(f"{len(values)} steps need shared=True: step sizes for {self.steps}")
+
         def step(j, phi):
-            seen = (coords, values) if values.dim() == 3 else (coords[j], values[j])
-            _, grad = siren.loss_and_grad(*seen, phi)
-            return phi._make(w - alpha[0 if self.shared else j] * g for w, alpha, g in zip(phi, alphas, grad))
+            _, grad = siren.loss_and_grad(coords[j], values[j], phi)
+            alphas = (getattr(self, name)[0 if self.shared else j] for name in phi._fields)
+            return phi._make(w - alpha * g for w, alpha, g in zip(phi, alphas, grad))
 
         phi = siren.anchor()
-        alphas = [getattr(self, name) for name in phi._fields]
-        for j in range(steps):
-            again = self.recompute and torch.is_grad_enabled()
-            phi = checkpoint(step, j, phi, use_reentrant=False, preserve_rng_state=False) if again else step(j, phi)
+        for j in range(len(values)):
+            if self.recompute and torch.is_grad_enabled():
+                phi = checkpoint(step, j, phi, use_reentrant=False, preserve_rng_state=False)
+            else:
+                phi = step(j, phi)
         return phi
 
 
+# ---- The same gradient by autograd, for tests and the benchmark ----
+
+def for_each_image(siren, weights, images: int):
+    """`weights` with a leading N, also where all images are still at the anchor."""
+    return weights._make(w.expand(images, *w.shape) if w.dim() == a.dim() else w
+                         for w, a in zip(weights, siren.anchor()))
+
+
 def textbook_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
-    """What `Siren.loss_and_grad` returns, by autograd through `siren.forward`, which torch.compile cannot differentiate again:
-    the published way, the oracle of the tests and the baseline of the benchmark."""
+    """What `Siren.loss_and_grad` returns, by autograd through `siren.forward`: the published way,
+    which torch.compile cannot differentiate again."""
     second_order = torch.is_grad_enabled()
     with torch.enable_grad():
-        batch = [w.expand(len(values), *w.shape) if w.dim() == a.dim() else w for w, a in zip(weights, siren.anchor())]
-        batch = [w if w.requires_grad else w.detach().requires_grad_() for w in batch]
-        weights = weights._make(batch)
+        weights = for_each_image(siren, weights, len(values))
+        weights = weights._make(w if w.requires_grad else w.detach().requires_grad_()
+                                for w in weights)
         loss = (siren(coords, weights) - values).square().mean((-2, -1))
-        return loss, weights._make(torch.autograd.grad(loss.sum(), weights, create_graph=second_order))
+        grad = torch.autograd.grad(loss.sum(), weights, create_graph=second_order)
+        return loss, weights._make(grad)
 
 
 def functional_loss_and_grad(siren, coords: Tensor, values: Tensor, weights):
-    """The same by torch.func, for networks without a closed form; torch.compile takes it. To use it in a class of your own:
-    `loss_and_grad = functional_loss_and_grad`."""
+    """The same by torch.func, for networks without a closed form; torch.compile takes it. In a
+    class of your own: `loss_and_grad = functional_loss_and_grad`."""
     def total(weights):
         loss = (siren(coords, weights) - values).square().mean((-2, -1))
         return loss.sum(), loss
 
-    batch = [w.expand(len(values), *w.shape) if w.dim() == a.dim() else w for w, a in zip(weights, siren.anchor())]
-    grad, loss = torch.func.grad(total, has_aux=True)(weights._make(batch))
+    weights = for_each_image(siren, weights, len(values))
+    grad, loss = torch.func.grad(total, has_aux=True)(weights)
     return loss, grad

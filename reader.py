@@ -1,14 +1,17 @@
-"""The reader: a Transformer that classifies an image from the weights of its INR (Gielisse & van Gemert, CVPR 2025).
+"""The reader: a Transformer that classifies an image from the weights of its INR (Gielisse & van
+Gemert, CVPR 2025).
 
-A token is one hidden neuron: its row of phi - theta, `width` incoming weights and then the bias. With beta a learned
-offset for every entry and lambda the token scale,
+A token is one hidden neuron: its row of phi - theta, `width` incoming weights and then the bias.
+With beta a learned offset for every entry and lambda the token scale,
 
-    x = W_in (lambda (tokens + beta)) + b_in,   x <- x + attention(x),   x <- x + mlp(x),  ...   logits = head(mean over tokens)
+    x = W_in (lambda (tokens + beta)) + b_in,    x <- x + attention(x),    x <- x + mlp(x),  ...
+    logits = head(mean over tokens of x)
 
-Attention and MLP are pre-norm with LayerScale (Touvron et al., ICCV 2021). There is no positional embedding beside beta.
+Attention and MLP are pre-norm with LayerScale (Touvron et al., ICCV 2021); beta is the only
+positional embedding. `RoutedReader` adds what the interventions ask for.
 
     reader = Reader(num_tokens=512, width=128, classes=10)
-    logits = reader(tokens)                                        # tokens (N, 512, 129)
+    logits = reader(tokens)                                     # tokens (N, 512, 129)
 """
 import torch
 import torch.nn as nn
@@ -17,26 +20,32 @@ from torch import Tensor
 
 
 class Attention(nn.Module):
-    """LayerScale * self-attention(LayerNorm(x)), x (N, T, width); the residual is added by the caller."""
+    """LayerScale * self-attention(LayerNorm(x)), x (N, T, width)."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
+        if width % head_dim:
+            raise ValueError(f"a head size of {head_dim} does not divide the width of {width}")
         self.head_dim = head_dim
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
         self.layer_scale = nn.Parameter(torch.full((width,), 0.1))
 
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values, each (N, heads, T, head_dim)."""
+        return [y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                for y in self.qkv(self.norm(x)).chunk(3, dim=-1)]
+
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """asking: only the first so many rows ask, and theirs alone come back; all rows are asked."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)            # (N, heads, T, head_dim)
-                   for y in self.qkv(self.norm(x)).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q[:, :, :asking], k, v).transpose(1, 2).flatten(2)      # (N, T or asking, width)
-        return self.layer_scale * self.out(y)
+        """asking: only so many rows, the first, ask; all are asked."""
+        q, k, v = self.heads(x)
+        y = F.scaled_dot_product_attention(q[:, :, :asking], k, v)
+        return self.layer_scale * self.out(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """LayerScale * (linear, GELU, linear)(LayerNorm(x)), x (N, T, width); the residual is added by the caller."""
+    """LayerScale * (linear, GELU, linear)(LayerNorm(x)), x (N, T, width)."""
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
@@ -49,84 +58,114 @@ class MLP(nn.Module):
         return self.layer_scale * self.down(F.gelu(self.up(self.norm(x))))
 
 
+def make_blocks(depth: int, width: int, head_dim: int, mlp_ratio: int) -> nn.ModuleList:
+    """Attention and MLP in turn, 2 * depth sub-blocks."""
+    return nn.ModuleList(block for _ in range(depth)
+                         for block in (Attention(width, head_dim), MLP(width, mlp_ratio)))
+
+
+def scaled(x: Tensor, scale: float) -> Tensor:
+    """scale * x; with 0 a layer norm over all numbers of an image, without affine."""
+    return scale * x if scale else F.layer_norm(x, x.shape[1:])
+
+
+class Reader(nn.Module):
+    """Parameters: beta (num_tokens, features), embed, blocks, head. features, numbers a token, is
+    width + 1 by default; token_scale is lambda, or 0, as `scaled` says."""
+
+    def __init__(self, num_tokens: int, width: int, classes: int, features: int | None = None,
+                 depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0):
+        super().__init__()
+        features = width + 1 if features is None else features
+        self.arguments = (num_tokens, width, classes, features, depth, head_dim, mlp_ratio,
+                          token_scale)                  # to make another one like it
+        self.token_scale = token_scale
+        self.beta = nn.Parameter(torch.zeros(num_tokens, features))
+        self.embed = nn.Linear(features, width)
+        self.head = nn.Linear(width, classes)
+        # Last, so that a deeper reader starts from the same parameters plus more.
+        self.blocks = make_blocks(depth, width, head_dim, mlp_ratio)
+
+    def input_map(self, tokens: Tensor) -> Tensor:
+        """tokens (N, T, features) -> the residual stream's first state (N, T, width)."""
+        return self.embed(scaled(tokens + self.beta, self.token_scale))
+
+    def conclude(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The last state x (N, T, width) -> logits (N, classes)."""
+        return self.head(x.mean(dim=1))
+
+    def forward(self, tokens: Tensor, *more) -> Tensor:
+        """tokens (N, T, features) -> logits (N, classes); more: what `conclude` takes besides."""
+        x = self.input_map(tokens)                              # (N, T, width)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.conclude(x, tokens, *more)
+
+    def trace(self, tokens: Tensor):
+        """logits, and [(stage, state (N, T, width)), ...] after the input map and every block."""
+        x = self.input_map(tokens)
+        states = [("input map", x)]
+        for b, block in enumerate(self.blocks):
+            x = x + block(x)
+            states.append((f"{'MLP' if b % 2 else 'attention'} {b // 2 + 1}", x))
+        return self.conclude(x, tokens), states
+
+
 class Branch(nn.Module):
-    """Logits (N, classes) from features (N, d) of an image, beside the reader's own. Its last layer starts at zero, so that training
-    starts from the reader alone."""
+    """Logits (N, classes) from features (N, d). The last layer starts at zero: training starts
+    from the reader alone."""
 
     def __init__(self, features: int, width: int, classes: int, scale: float):
         super().__init__()
         self.scale = scale
         self.up = nn.Linear(features, width)
         self.down = nn.Linear(width, classes)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
+        for p in self.down.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(scaled(x, self.scale))))
 
 
-def scaled(x: Tensor, scale: float) -> Tensor:
-    """scale * x; with 0 a layer norm over all of an image's numbers together, without affine."""
-    return scale * x if scale else F.layer_norm(x, x.shape[1:])
+class RoutedReader(Reader):
+    """With a stronger readout, or a branch past the blocks. readout: so many learned queries, added
+    to the mean over tokens, gather the tokens in two blocks of class attention (Touvron et al.,
+    ICCV 2021): they alone ask, of themselves and the tokens. branch: "bias" or "column:N" of the
+    tokens, or "colour", the image's mean (N, channels), which `forward` then takes too."""
 
-
-class Reader(nn.Module):
-    """Parameters: beta (num_tokens, width + 1), embed, blocks (attention and MLP in turn), head; where asked for also queries
-    (readout, width), gather (two blocks) and branch.
-
-    token_scale is lambda; 0 as `scaled` says. readout: so many learned queries, each added to the mean over tokens, gather the tokens
-    by class attention (Touvron et al., ICCV 2021): in two more blocks they alone ask, of themselves and of the tokens.
-    branch: "bias", "column:N" or "colour", that column of the tokens or the image's mean colour, to the logits past the blocks.
-    """
-
-    def __init__(self, num_tokens: int, width: int, classes: int, depth: int = 10, head_dim: int = 64, mlp_ratio: int = 1,
-                 token_scale: float = 500.0, readout: int = 0, branch: str | None = None, channels: int = 3):
-        super().__init__()
-        if width % head_dim:
-            raise ValueError(f"a head size of {head_dim} does not divide the width of {width}")
-        self.token_scale = token_scale
-        self.beta = nn.Parameter(torch.zeros(num_tokens, width + 1))
-        self.embed = nn.Linear(width + 1, width)
-        self.head = nn.Linear(width, classes)
-
-        def blocks(count):
-            return nn.ModuleList(block for _ in range(count) for block in (Attention(width, head_dim), MLP(width, mlp_ratio)))
-
-        # Last, so that a deeper reader, or one with more parts, starts from the same parameters plus more.
-        self.blocks = blocks(depth)
+    def __init__(self, num_tokens, width, classes, features=None, depth=10, head_dim=64,
+                 mlp_ratio=1, token_scale=500.0, readout=0, branch=None, channels=3):
+        super().__init__(num_tokens, width, classes, features, depth, head_dim, mlp_ratio,
+                         token_scale)
+        self.arguments += (readout, branch, channels)
         self.queries = nn.Parameter(0.02 * torch.randn(readout, width)) if readout else None
-        self.gather = blocks(2 if readout else 0)
-        self.branch = None
-        if branch:
-            self.column = {"bias": -1, "colour": None}[branch] if ":" not in branch else int(branch.split(":")[1])
-            self.branch = Branch(channels if branch == "colour" else num_tokens, width, classes, 1.0 if branch == "colour" else token_scale)
+        self.gather = make_blocks(2 if readout else 0, width, head_dim, mlp_ratio)
+        self.column, self.branch, self.takes_colour = None, None, branch == "colour"
+        if self.takes_colour:
+            self.branch = Branch(channels, width, classes, 1.0)
+        elif branch:
+            self.column = -1 if branch == "bias" else int(branch.removeprefix("column:"))
+            self.branch = Branch(num_tokens, width, classes, token_scale)
 
-    def forward(self, tokens: Tensor, flow: bool = False, colour: Tensor | None = None):
-        """logits (N, classes) of tokens (N, num_tokens, width + 1) and, for a branch that takes it, the mean colour (N, channels);
-        without it that branch says nothing.
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """The queries (N, readout, width) after each sub-block, of the tokens' last state x."""
+        q, states = self.queries + x.mean(dim=1, keepdim=True), []
+        for attention, mlp in zip(self.gather[::2], self.gather[1::2]):
+            states.append(q := q + attention(torch.cat([q, x], dim=1), asking=q.shape[1]))
+            states.append(q := q + mlp(q))
+        return states
 
-        flow=True: also the token flow, the state (N, num_tokens, width) after the input map and after every sub-block
-        (1 + 2 * depth of them), then the queries (N, readout, width) after each that gathers.
-        """
-        x = self.embed(scaled(tokens + self.beta, self.token_scale))               # (N, T, width)
-        states = [x] if flow else None
-        for block in self.blocks:
-            x = x + block(x)
-            if flow:
-                states.append(x)
-        logits, gathered = self.conclude(x, tokens, colour)
-        return (logits, states + gathered) if flow else logits
+    def conclude(self, x: Tensor, tokens: Tensor, colour: Tensor | None = None) -> Tensor:
+        logits = super().conclude(x if self.queries is None else self.gathered(x)[-1], tokens)
+        features = colour if self.column is None else tokens[..., self.column]
+        if self.branch is None or features is None:
+            return logits
+        return logits + self.branch(features)
 
-    def conclude(self, x: Tensor, tokens: Tensor, colour: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """From the state x (N, T, width) after the blocks to the logits, and the queries after each sub-block that gathers."""
-        asked, gathered = x, []
+    def trace(self, tokens: Tensor):
+        """As `Reader.trace`, then the queries after each sub-block that gathers."""
+        logits, states = super().trace(tokens)
         if self.queries is not None:
-            x = self.queries + asked.mean(dim=1, keepdim=True)                     # (N, readout, width)
-        for block in self.gather:
-            x = x + (block(torch.cat([x, asked], dim=1), x.shape[1]) if isinstance(block, Attention) else block(x))
-            gathered.append(x)
-        logits = self.head(x.mean(dim=1))
-        if self.branch is not None:
-            given = colour if self.column is None else tokens[..., self.column]    # (N, d)
-            logits = logits if given is None else logits + self.branch(given)
-        return logits, gathered
+            names = ("gather 1", "queries 1", "gather 2", "queries 2")
+            states += zip(names, self.gathered(states[-1][1]))
+        return logits, states

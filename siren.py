@@ -1,13 +1,14 @@
 """The anchor: a SIREN (Sitzmann et al., NeurIPS 2020) whose weights are an argument.
 
-One set of meta-learned weights theta, the anchor, is shared by all images; the inner loop moves it to the weights phi of
-one image. With coordinates x, a layer's weight matrix W and its bias b kept as W's last column (the augmented weight):
+One set of meta-learned weights theta, the anchor, is shared by all images; the inner loop moves it
+to the weights phi of one image. With coordinates x, a layer's weight matrix W and its bias b kept
+as W's last column (the augmented weight):
 
     a_0 = sin(omega (W_0 x + b_0)),   a_l = sin(W_l a_{l-1} + b_l),   f(x) = scale * (V a_depth + c)
 
-The head (V, c) and the scale are shared by all images; the inner loop leaves them alone. `Siren.loss_and_grad` is the
-gradient of the reconstruction loss with respect to the weights in closed form. It calls no autograd itself, so that
-autograd can differentiate through it in one first-order pass.
+The head (V, c) and the scale are shared by all images; the inner loop leaves them alone.
+`Siren.loss_and_grad` is the gradient of the reconstruction loss in closed form. It calls no
+autograd itself, so autograd can differentiate through it in one first-order pass.
 
     siren = Siren(in_features=2, out_features=3)
     pixels = siren(coordinate_grid(32, 32), siren.anchor())       # (1024, 3)
@@ -21,9 +22,9 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """One SIREN's layers, or a batch of them (leading dimensions). The row of a neuron: its incoming weights, its bias."""
-    first: Tensor   # (..., width, in_features + 1)
-    hidden: Tensor  # (..., depth, width, width + 1)
+    """One SIREN's layers, or a batch of them (leading dimensions). A row is a neuron."""
+    first: Tensor   # (..., width, in_features + 1)      last column is the bias
+    hidden: Tensor  # (..., depth, width, width + 1)     last column is the bias
 
 
 def coordinate_grid(height: int, width: int) -> Tensor:
@@ -33,7 +34,7 @@ def coordinate_grid(height: int, width: int) -> Tensor:
 
 
 class SinCos(torch.autograd.Function):
-    """sin z and cos z, each of which is the other's derivative up to sign: autograd alone would compute both again."""
+    """sin z and cos z. Each is the other's derivative: autograd alone would compute both again."""
 
     @staticmethod
     def forward(ctx, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,14 +49,14 @@ class SinCos(torch.autograd.Function):
 
 
 def affine(a: Tensor, weight: Tensor) -> Tensor:
-    """W a + b for points a (..., P, in) and an augmented weight (..., out, in + 1) -> (..., P, out)."""
+    """W a + b for points a (..., P, in), augmented weight (..., out, in + 1) -> (..., P, out)."""
     return a @ weight[..., :-1].mT + weight[..., None, :, -1]
 
 
 class Siren(nn.Module):
-    """Parameters: first (width, in_features + 1), hidden (depth, width, width + 1), head (nn.Linear), scale (out_features,)."""
+    """Parameters: first (width, in_features + 1), hidden (depth, width, width + 1), head, scale."""
 
-    def __init__(self, in_features: int = 2, out_features: int = 3, width: int = 128, depth: int = 4, omega: float = 10.0):
+    def __init__(self, in_features=2, out_features=3, width=128, depth=4, omega=10.0):
         super().__init__()
         self.omega = omega
         self.first = nn.Parameter(torch.zeros(width, in_features + 1))
@@ -70,35 +71,37 @@ class Siren(nn.Module):
         return Weights(self.first, self.hidden)
 
     def layers(self, weights: Weights) -> list[Tensor]:
-        """The augmented weight (..., width, in + 1) of each sine layer, input to output; the first one times omega."""
+        """Each sine layer's augmented weight (..., width, in + 1); the first one times omega."""
         return [self.omega * weights.first, *weights.hidden.unbind(-3)]
 
     def forward(self, coords: Tensor, weights: Weights) -> Tensor:
-        """Values (N, P, out_features) at coords (P, in_features), or (N, P, in_features) for points of each image's own."""
+        """Values (N, P, out_features) at coords (P, in_features) or, each its own, (N, P, ...)."""
         a = coords
         for weight in self.layers(weights):
-            a = torch.sin(affine(a, weight))               # (N, P, width)
+            a = torch.sin(affine(a, weight))                     # (N, P, width)
         return self.scale * self.head(a)
 
-    def loss_and_grad(self, coords: Tensor, values: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
-        """Each image's loss, the mean squared error over pixels and channels, and its gradient with respect to `weights`.
+    def loss_and_grad(self, coords: Tensor, values: Tensor, weights: Weights):
+        """Each image's loss (N,), the mean squared error over pixels and channels, and its
+        gradient with respect to `weights`, as Weights with a leading N.
 
-        coords (P, in_features) or (N, P, in_features), values (N, P, out_features), weights with or without the leading N.
-        Returns loss (N,) and Weights with the leading N. This is back-propagation written out: with u = W a + b of a layer
-        and d = dL/du, dL/dW = d^T a and dL/db = the sum of d, both over pixels; one layer down d <- (d W) * cos(u).
-        Weights without the leading dimension (all images at the anchor) are pushed forward once for the whole batch.
+        coords (P, in_features) or (N, P, in_features), values (N, P, out_features). This is
+        back-propagation written out: with u = W a + b of a layer and d = dL/du, dL/dW = d^T a and
+        dL/db = the sum of d, both over pixels; one layer down d <- (d W) * cos(u). Weights without
+        the leading N (all images at the anchor) are pushed forward once for the whole batch.
         """
         a, layers, inputs, slopes = coords, self.layers(weights), [], []
         for weight in layers:
             inputs.append(a)
-            a, slope = SinCos.apply(affine(a, weight))     # (N, P, width)
+            a, slope = SinCos.apply(affine(a, weight))           # (N, P, width)
             slopes.append(slope)
-        error = self.scale * self.head(a) - values         # (N, P, out)
-        loss = error.square().mean((-2, -1))               # (N,)
-        d = (2 / error[0].numel()) * self.scale * error    # dL/d(head's output) (N, P, out)
+        error = self.scale * self.head(a) - values               # (N, P, out)
+        loss = error.square().mean((-2, -1))                     # (N,)
+
+        d = (2 / error[0].numel()) * self.scale * error          # dL/d(head's output) (N, P, out)
         above, grads = self.head.weight, []
         for weight, a, slope in zip(reversed(layers), reversed(inputs), reversed(slopes)):
-            d = (d @ above) * slope                        # dL/du (N, P, width)
-            grads.append(torch.cat([d.mT @ a, d.sum(-2).unsqueeze(-1)], dim=-1))  # (N, width, in + 1)
+            d = (d @ above) * slope                              # dL/du (N, P, width)
+            grads.append(torch.cat([d.mT @ a, d.sum(-2)[..., None]], dim=-1))  # (N, width, in + 1)
             above = weight[..., :-1]
         return loss, Weights(self.omega * grads[-1], torch.stack(grads[-2::-1], dim=-3))
