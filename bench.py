@@ -305,9 +305,9 @@ def run(argv: list[str]):
     elif args.mode == "imagenet":
         report |= imagenet(args, runs[0])
         print(imagenet_text(report))
-    else:
-        figures.cost_figure(Path(args.out).with_suffix(".png"), report)
     Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if args.mode == "cost":
+        figures.cost_figure(Path(args.out).with_suffix(".png"), report)
 
 
 def main(argv: list[str] | None = None):

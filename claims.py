@@ -14,7 +14,7 @@ import textwrap
 import numpy as np
 
 from measures import correlations, t_interval
-from settings import FREE
+from settings import FLAGS, FREE
 
 POINTS = 0.02          # a difference of accuracy below two points is none
 
@@ -212,9 +212,8 @@ def content_lines(c: dict) -> list[str]:
 
 # ---- Across models -------------------------------------------------------------------------------
 
-ARCHITECTURE = ("dataset", "size", "train_size", "test_size", "val", "width", "depth", "omega",
-                "steps", "shared_lr", "fraction", "reader_depth", "head_dim", "mlp_ratio",
-                "token_scale", "readout", "branch", "centre_colour")
+# All other flags, whatever the method, make the architecture.
+TRAINING = {name for name, *_ in FLAGS["training"]} | {"augment", "steps_test", "precision"}
 
 
 def key_of(training: dict, leave_out=()) -> str:
@@ -233,11 +232,13 @@ def points(models: list[dict]) -> list[dict]:
     """What the comparison takes from each model's report."""
     found = []
     for model in models:
-        flags, done = model["training"], model["experiments"]
+        flags, done, method = model["training"], model["experiments"], model.get("method", "mwt")
+        w_task = flags.get("w_task")           # None: a method without a class loss for its weights
+        label = method if w_task is None else f"w_task {w_task:g}"
         point = {"name": model["name"], "reader": model["reader"], "seed": flags["seed"],
-                 "label": model.get("lane") or f"w_task {flags['w_task']:g}",
-                 "w_task": flags["w_task"], "setting": key_of(flags, ["seed"]),
-                 "architecture": json.dumps({key: flags[key] for key in ARCHITECTURE}),
+                 "label": model.get("lane") or label, "w_task": w_task,
+                 "setting": method + key_of(flags, ["seed"]),
+                 "architecture": method + key_of(flags, TRAINING),
                  "apart_from_w_task": key_of(flags, ["w_task"])}
         if c := done.get("clustering"):
             point |= {"purity": c["purity"], "gap": c["gap"][0], "whole_bank": c["whole_bank"]}
@@ -289,7 +290,7 @@ def task_pairs(one: list[dict]) -> list[dict]:
     for p in one:
         if p["w_task"] == 0 and "purity" in p:
             without[p["apart_from_w_task"]] = p["purity"]
-    for w_task in sorted({p["w_task"] for p in one} - {0}):
+    for w_task in sorted({p["w_task"] for p in one} - {0, None}):
         differences = [p["purity"] - without[p["apart_from_w_task"]] for p in one
                        if p["w_task"] == w_task and p["apart_from_w_task"] in without
                        and "purity" in p]
@@ -350,7 +351,8 @@ def across_table(result: dict) -> str:
         points_ = [f"{100 * p[key]:+.1f}" if key in p else ""
                    for key in ("gap", "late", "permuted", "margin")]
         purity = f"{p['purity']:.3f}" if "purity" in p else ""
-        lines.append(f"{p['name'][:27]:28s}{p['w_task']:8g}{percent(p['reader']):>9s}{purity:>8s}"
+        w_task = "" if p["w_task"] is None else f"{p['w_task']:g}"
+        lines.append(f"{p['name'][:27]:28s}{w_task:>8s}{percent(p['reader']):>9s}{purity:>8s}"
                      + "".join(f"{text:>{w}s}" for text, w in zip(points_, (7, 7, 10, 8))))
     lines.append("gap: reader - best geometry; late: rise of 10-NN in the second half of the "
                  "blocks - half of the rise; bias loss: bias column exchanged; margin: bias loss - "

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import claims
 import figures
-from checkpoint import InputError, exits, generator, model_from, read_checkpoint, seeded
+from checkpoint import METHODS, InputError, exits, generator, model_from, read_checkpoint, seeded
 from claims import cell, percent, span, table
 from data import load_dataset, stratified_sample
 from measures import (auroc, bootstrap, crossed, effective_rank, fisher_ratio, knn_predict, nearest,
@@ -105,7 +105,8 @@ def coordinate_systems(model, bank: Fitted, queries: Fitted):
     yield "pixels", *both(lambda each: each.images)
     named = [{"phi - theta": each.tokens.flatten(1)} for each in (bank, queries)]
     if hasattr(model, "coordinates"):
-        named = [model.coordinates(each.images, each.tokens) for each in (bank, queries)]
+        named = [plain | model.coordinates(each.images, each.tokens)
+                 for plain, each in zip(named, (bank, queries))]
     for name in named[0]:
         if name != "phi":                      # theta is one shift for all: the same distances
             yield name, named[0][name], named[1][name]
@@ -161,13 +162,14 @@ def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, wh
                probe=True, seed=0) -> dict:
     """systems: as `coordinate_systems` yields; guesses (q,): the trained reader's predictions."""
     g = generator("shuffle", seed)
+    classes = int(max(bank_labels.max(), labels.max())) + 1
     shuffled = bank_labels[torch.randperm(len(bank_labels), generator=g).to(labels.device)]
     order = torch.randperm(len(bank_labels), generator=g).to(labels.device)
     right, rows, geometry, by_bank = (guesses == labels).double(), [], {}, {}
     for name, bank, x in tqdm(systems, "clustering", leave=False, disable=None):
         found = measure(bank, bank_labels, x, labels, probe and name not in UNPROBED)
         row = {"coordinate": name} | report_row(found, labels)
-        chance = vote(shuffled[found["neighbors"]], int(labels.max()) + 1)
+        chance = vote(shuffled[found["neighbors"]], classes)
         rows.append(row | {"knn10_shuffled": accuracy(chance, labels)})
         if name not in NO_GEOMETRY:
             for key, title in GEOMETRY.items():
@@ -176,12 +178,12 @@ def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, wh
             for n in (len(bank) // 4, len(bank) // 2):     # would a larger bank help?
                 part, its_labels = bank[order[:n]], bank_labels[order[:n]]
                 near = nearest(part, x, min(10, n))
-                by_bank[str(n)] = accuracy(vote(its_labels[near], int(labels.max()) + 1), labels)
+                by_bank[str(n)] = accuracy(vote(its_labels[near], classes), labels)
             by_bank[str(len(bank))], weights_purity = row["knn10"], row["purity"]
     best, choices = crossed(torch.stack(list(geometry.values()), 1), seed)
     result = {"rows": rows, "reader": float(right.mean()), "bank": len(bank_labels),
               "reader_interval": wilson(int(right.sum()), len(right)), "whole_bank": whole_bank,
-              "test": len(labels), "classes": int(labels.max()) + 1, "knn10_by_bank": by_bank,
+              "test": len(labels), "classes": classes, "knn10_by_bank": by_bank,
               "best": [list(geometry)[c] for c in choices], "best_accuracy": float(best.mean()),
               "gap": paired_bootstrap(right, best), "purity": weights_purity}
     return result | {"verdict": claims.clustering_verdict(result)}
@@ -520,8 +522,9 @@ def energies(tokens: Tensor, parts: dict[str, list[Tensor]], embed=None) -> dict
     for W in input_maps(C, embed).values():
         every = {name: sum(energy(C, U.double(), W) for U in bases) / len(bases)
                  for name, bases in parts.items()}
+        bias, whole = every["bias column"], float((C * (W.T @ W)).sum())
         for name in parts:
-            found[name].append(every[name] / max(every["bias column"], 1e-300))
+            found[name].append(every[name] / bias if bias > 1e-12 * whole else None)
     return found
 
 
@@ -720,7 +723,8 @@ def bias_table(result: dict) -> str:
     for row in result["rows"]:
         if row["group"] in titles:
             name = titles[row["group"]] + row["name"].replace(", energy matched", ", matched")
-            ratios = "/".join(f"{ratio:.1f}" for ratio in row.get("energy_over_bias", []))
+            ratios = "/".join("-" if ratio is None else f"{ratio:.1f}"
+                              for ratio in row.get("energy_over_bias", []))
             share = percent(row.get("energy"))
             rows.append([name, span(row["loss"], 100), str(row["repeats"]), ratios or share])
     single = result["single_columns"]
@@ -815,8 +819,8 @@ def content(read, fit, test: Fitted, reference: Fitted, parts: dict[str, list[Te
         for r in sorted({min(r, x.shape[1]) for r in (*RANKS, 16)}):
             scores = regression(x[:, :r], y, x_test[:, :r], y_test, seed)
             to_facts[str(r)] = dict(zip(known, scores))
-        regressions[name] = {"to_facts": to_facts,
-                             "from_facts": regression(y, x[:, :8], y_test, x_test[:, :8], seed),
+        scores = regression(y, x[:, :8], y_test, x_test[:, :8], seed) if x.shape[1] else []
+        regressions[name] = {"to_facts": to_facts, "from_facts": scores,
                              "energy": (variances.cumsum(0) / variances.sum())[:16].tolist()}
     mediations = [mediation(read, fit, test, parts, kind, seed) for kind in ("other", "same")]
     return {"regressions": regressions, "mediation": mediations, "test": len(test.labels),
@@ -840,7 +844,7 @@ def content_table(result: dict) -> str:
         for name, part in m["parts"].items():
             rows.append([claims.SHORT.get(name, name), span(part["indirect"], 100),
                          span(part["share"], 1, 2), span(part["share_restored"], 1, 2)])
-        titles = [f"mean colour, donor of {m['donors']} class", "indirect, points", "share",
+        titles = [f"mean colour of {m['donors']} class", "indirect, points", "share",
                   "share restored"]
         text.append(table(titles, rows)
                     + f"\n{percent(m['outside'])}% of the pixels beyond [-1, 1]")
@@ -913,9 +917,11 @@ def check_memory(path: str, model, images, test, device):
     room, need = free_memory(device) / 2 ** 30, size * (4 * len(images) + 6 * len(test))
     if need > room:
         fitting = int(room / size - 6 * len(test)) // 4
+        way_out = f"use --samples {fitting}, which would fit"
+        if fitting < 24:
+            way_out = "the test images alone leave no room"
         raise InputError(f"{path}: {len(images)} fitted images take {need:.1f} GiB with what is "
-                         f"made of them, and {room:.1f} are free: use --samples {max(fitting, 0)}, "
-                         "which would fit, or a smaller --test-size")
+                         f"made of them, and {room:.1f} are free: {way_out}")
 
 
 def diagnose(path: str, flags, device, write) -> dict:
@@ -929,7 +935,7 @@ def diagnose(path: str, flags, device, write) -> dict:
     guesses, labels, reader = logits.argmax(-1), queries.labels, model.reader
     right, done, seed = int((guesses == labels).sum()), {}, flags.seed
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
-              "command": command_line(argparse.Namespace(**saved["args"])),
+              "command": command_line(argparse.Namespace(**saved["args"]), METHODS[saved["method"]]),
               "training": saved["args"], "data": args.dataset, "test": len(test),
               "bank": len(images), "unfinished": "progress" in saved,
               "evaluated_on": "held-out training images" if args.val else "test images",

@@ -153,14 +153,14 @@ def recipe(dataset: str = "digits", size: int | None = None) -> dict:
     return RECIPE | special | {"dataset": dataset, "size": size}
 
 
-def command_line(args) -> str:
+def command_line(args, program: str = "train") -> str:
     """The shortest command that makes this run, whatever flags it was started or resumed with."""
     usual = recipe(args.dataset, args.size) | {"dataset": "digits",
                                                "size": SIZE.get(args.dataset, 32)}
     run_only = {"resume", "eval_only", "ckpt", "compile", "recompute", "workers"}
     changed = {key: value for key, value in vars(args).items()
-               if key in usual and value != usual[key] and key not in run_only}
-    return shlex.join([*LAUNCH.split(), "train.py", *as_flags(changed)])
+               if value != usual.get(key) and key not in run_only}
+    return shlex.join([*LAUNCH.split(), f"{program}.py", *as_flags(changed)])
 
 
 def flag(key: str) -> str:
