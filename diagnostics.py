@@ -1004,6 +1004,7 @@ def present(folder: Path, model: dict) -> str:
             text.append(to_text(result))
             if "knock_outs" in result:
                 text.append(knock_out_table(result["knock_outs"]))
+    (folder / "summary.png").unlink(missing_ok=True)
     figures.summary_figure(folder / "summary.png", model)
     text += [f"left out: {line}" for line in model["left_out"]]
     return claims.fold("\n\n".join([*text, "\n".join(model["summary"])]))

@@ -1,8 +1,10 @@
-"""Every picture: a function from a report (a dict) to a file. Nothing is computed here but units.
+"""Every picture: functions from a report (a dict, as its JSON file has it) to a PNG file.
 
-    clustering_figure("clustering.png", report["experiments"]["clustering"])
+    figures.clustering_figure("clustering.png", report["model"]["experiments"]["clustering"])
 
-Intervals are (value, low, high), 95%, shares of 1; they are drawn in points or percent.
+A figure computes nothing but units: accuracies are shares in a report and percent here, losses of
+accuracy are points. An interval is (value, low, high) at 95%; low and high may be None. A panel
+whose numbers a report lacks is left out, or one line says so.
 """
 import itertools
 import math
@@ -10,488 +12,435 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-MARKERS = ("o-", "s--", "^-.", "d:", "x-")
+LINES = ("C0o-", "C1s--", "C2^-.", "C3d:", "C4x-", "C5P--")
+MARKERS = "os^dvP*X<"
+LOSS = "loss of accuracy (points; bars: 95%)"
+PURITY = "neighbour purity of phi - theta (share of 10)"
 
 
 # ---- Pieces --------------------------------------------------------------------------------------
 
-def canvas(rows: int, columns: int, width: float, height: float, **more):
-    """A figure, and its axes in one list."""
-    from matplotlib.figure import Figure
+def canvas(rows: int, columns: int, width: float, height: float, **more) -> tuple[Figure, list]:
+    """A figure of width x height inches, and its panels row after row."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **more).flatten())
 
 
-def span(interval, factor: float = 100, digits: int = 1) -> str:
-    """value [low, high]"""
-    value, *ends = ("" if x is None else f"{factor * x:+.{digits}f}" for x in interval)
-    return f"{value} [{ends[0]}, {ends[1]}]" if ends[0] else value
+def panels(draws: list[tuple]) -> Figure:
+    """Two columns, a panel for each (function of an axis, its other arguments)."""
+    draws = draws or [(note, "nothing was measured")]
+    columns = min(2, len(draws))
+    rows = math.ceil(len(draws) / columns)
+    figure, axes = canvas(rows, columns, 6.5 * columns, 4.6 * rows)
+    for axis, (draw, *arguments) in zip(axes, draws):
+        draw(axis, *arguments)
+    for axis in axes[len(draws):]:
+        axis.axis("off")
+    return figure
 
 
-def wrap(text: str, width: int = 32) -> str:
-    return textwrap.fill(text, width)
+def note(axis, text: str):
+    """One line in place of a panel."""
+    axis.axis("off")
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", fontsize=9)
 
 
-def names_on_y(axis, names: list[str]):
-    """One name a row, the first on top."""
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.grid(axis="x", alpha=0.3)
+def label(axis, title: str, x: str, y: str = "", legend: str = ""):
+    """legend: where it stands ("best", "lower right", ...); "": there is none."""
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.3)
+    if legend:
+        axis.legend(fontsize=8, loc=legend)
 
 
-def bars(axis, names: list[str], intervals: list, colours: list[str]):
-    """Horizontal bars in points, with their intervals; None leaves a gap."""
-    for i, (interval, colour) in enumerate(zip(intervals, colours)):
-        if interval is not None:
-            value, low, high = (None if x is None else 100 * x for x in interval)
-            axis.barh(i, value, color=colour, alpha=0.75)
-            if low is not None:
-                axis.plot([low, high], [i, i], color="black", linewidth=1.2)
-    names_on_y(axis, names)
-    axis.axvline(0, color="black", linewidth=0.8)
+def span(interval, factor: float = 1, digits: int = 1) -> str:
+    """value [low, high]; the value alone where there is no interval."""
+    if interval is None:
+        return "none"
+    value, *ends = (None if x is None else f"{factor * x:+.{digits}f}" for x in interval)
+    return f"{value} [{ends[0]}, {ends[1]}]" if ends[0] else f"{value} (no interval)"
 
 
-def curves(axis, rows: list[dict], lines: list[tuple], factor: float = 1):
-    """A line for each (key, style, label) that the rows have; None is a gap."""
-    for key, style, label in lines:
+def whiskers(intervals: list, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values (n,), and how far the lower and upper ends are from them (2, n); NaN: none."""
+    table = factor * np.array(intervals, dtype=float)
+    return table[:, 0], np.abs(table[:, 1:].T - table[:, 0])
+
+
+def lines(axis, rows: list[dict], series: list[tuple], factor: float = 1, x: list | None = None):
+    """A line over all rows for each (key, style, name); none for a key that the last row lacks."""
+    for key, style, name in series:
         if rows[-1].get(key) is not None:
-            values = [math.nan if row.get(key) is None else factor * row[key] for row in rows]
-            axis.plot(values, style, markersize=4, label=label)
+            y = [math.nan if row.get(key) is None else factor * row[key] for row in rows]
+            axis.plot(range(len(y)) if x is None else x, y, style, markersize=4, label=name)
+
+
+def curves(axis, points: list[tuple], factor: float = 1):
+    """Points (name, place, interval): a line with intervals for each name, a little side by side;
+    places stand on the x axis in the order in which they come."""
+    places = list(dict.fromkeys(place for _, place, _ in points))
+    names, styles = list(dict.fromkeys(name for name, *_ in points)), itertools.cycle(LINES)
+    for k, name in enumerate(names):
+        mine = [(places.index(place), interval) for each, place, interval in points if each == name]
+        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(names) - 1) / 2)
+        y, error = whiskers([interval for _, interval in mine], factor)
+        axis.errorbar(x, y, yerr=error, fmt=next(styles), markersize=4, elinewidth=0.8, capsize=2,
+                      label=textwrap.fill(name, 32))
+    axis.set_xticks(range(len(places)), places)
 
 
 def stage_axis(axis, stages: list[str]):
-    short = {"attention ": "A", "MLP ": "M", "gather ": "G", "queries ": "Q", " tokens": "",
-             "input map": "map"}
-    names = []
-    for stage in stages:
-        for long, abbreviation in short.items():
-            stage = stage.replace(long, abbreviation)
-        names.append(stage)
-    axis.set_xticks(range(len(names)), names, fontsize=8, rotation=0 if len(names) < 12 else 60)
-    axis.grid(alpha=0.3)
+    axis.set_xticks(range(len(stages)), stages, rotation=50, ha="right", rotation_mode="anchor")
 
 
-def whole_numbers(axis):
-    axis.xaxis.get_major_locator().set_params(integer=True)
+def name_axis(axis, names: list[str]):
+    """A list of names, the first on top."""
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 38) for name in names])
+    axis.set_ylim(len(names) - 0.4, -0.6)
 
 
-# ---- train.py and bench.py -----------------------------------------------------------------------
+def dots(axis, rows: list[tuple]):
+    """Rows (name, interval, style), in points."""
+    for i, (_, interval, style) in enumerate(rows):
+        value, error = whiskers([interval], 100)
+        axis.errorbar(value, i, xerr=error, fmt=style, ecolor="black", capsize=2)
+    name_axis(axis, [name for name, *_ in rows])
+    axis.axvline(0, color="black", linewidth=0.8)
+
+
+# ---- Training and cost ---------------------------------------------------------------------------
 
 def training_figure(path: Path, report: dict, shown: dict):
-    """Learning curves of report["epochs"], and a few test images as their weights show them after
-    each inner step. shown: stages, images (n, C, h, w), shown (stages, n, C, h, w), psnr (stages,
-    n), classes, guesses."""
-    from matplotlib.figure import Figure
-    count, stages, epochs = len(shown["images"]), shown["stages"], report["epochs"]
-    size = max(9, 1.35 * (len(stages) + 1)), 2.6 + 1.75 * count
+    """Learning curves above a few images as the weights show them after each inner step.
+
+    shown: {"stages": inner steps, 0 is the anchor; "images": (n, C, h, w) in [-1, 1]; "shown":
+    (stages, n, C, h, w); "psnr": (stages, n) in dB; "classes", "guesses": n names each}."""
+    stages, count = shown["stages"], len(shown["images"])
+    size = max(9, 1.4 * (len(stages) + 1)), 2.7 + 1.8 * count
     figure = Figure(figsize=size, layout="constrained", dpi=110)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[2.6, 1.75 * count])
-    held = "val" if report["evaluated_on"].startswith("val") else "test"
-    panels = {"class loss (nats)": [("loss", "--", "train")],
-              "accuracy (%)": [("train_accuracy", "--", "train"), ("test_accuracy", "-", held)],
-              "PSNR (dB)": [("train_psnr", "--", "train"), ("test_psnr", "-", held)]}
-    for axis, (title, lines) in zip(top.subplots(1, 3), panels.items()):
-        for key, style, label in lines:
-            factor = 100 if key.endswith("accuracy") else 1
-            axis.plot([e["epoch"] for e in epochs], [factor * e[key] for e in epochs], style,
-                      marker="o" if len(epochs) < 30 else None, markersize=3, label=label)
-        axis.set_xlabel("epoch")
-        axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8)
-        whole_numbers(axis)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.7, 1.8 * count])
+    learning_curves(top.subplots(1, 3), report)
     grid = bottom.subplots(count, len(stages) + 1, squeeze=False)
-    for i, line in enumerate(grid):
-        for j, axis in enumerate(line[:-1]):
-            show(axis, shown["shown"][j][i], f"{shown['psnr'][j][i]:.1f} dB")
-        name, guess = shown["classes"][i], shown["guesses"][i]
-        right = "right" if name == guess else "wrong"
-        show(line[-1], shown["images"][i], f"{name}\nread as {guess} ({right})")
-    for axis, stage in zip(grid[0], [*stages, "image"]):
-        title = stage if stage == "image" else f"step {stage}" if stage else "anchor"
-        axis.set_title(title, fontsize=9)
+    for axis, j in zip(grid[0], stages):
+        axis.set_title(f"step {j}" if j else "anchor", fontsize=9)
+    grid[0][-1].set_title("image", fontsize=9)
+    for i, row in enumerate(grid):
+        for axis, images, decibels in zip(row, shown["shown"], shown["psnr"]):
+            picture(axis, images[i], f"{decibels[i]:.1f} dB")
+        known, guess = shown["classes"][i], shown["guesses"][i]
+        right = "right" if guess == known else "wrong"
+        picture(row[-1], shown["images"][i], f"{known}\nread as {guess} ({right})")
     figure.savefig(path)
 
 
-def show(axis, image: np.ndarray, text: str):
-    """An image (C, h, w) in [-1, 1], text below it."""
-    image = (image.transpose(1, 2, 0) + 1) / 2
-    if image.shape[-1] != 3:
-        image = image[..., :1].repeat(3, -1)
-    axis.imshow(image.clip(0, 1), interpolation="nearest")
-    axis.set_xlabel(text, fontsize=8, parse_math=False)            # a class may be called "$"
+def learning_curves(axes, report: dict):
+    rows = report["epochs"]
+    held = "val" if "validation" in report["evaluated_on"] else "test"
+    for axis, quantity, train, unseen, factor in zip(
+            axes, ("class loss (nats)", "accuracy (%)", "PSNR (dB)"),
+            ("loss", "train_accuracy", "train_psnr"), ("", "test_accuracy", "test_psnr"),
+            (1, 100, 1)):
+        lines(axis, rows, [(train, "C0.--", "train"), (unseen, "C1.-", held)], factor,
+              [row["epoch"] for row in rows])
+        label(axis, "", "epoch", quantity, "best")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def picture(axis, image: np.ndarray, text: str):
+    """image: (C, h, w) in [-1, 1], C is 1 or 3."""
+    image = (image.clip(-1, 1).transpose(1, 2, 0) + 1) / 2                     # (h, w, C)
+    axis.imshow(image.repeat(3 // image.shape[2], 2), interpolation="nearest")
+    axis.set_xlabel(text, fontsize=8, parse_math=False)                # a class may be called "$"
     axis.set_xticks([])
     axis.set_yticks([])
 
 
 def cost_figure(path: Path, report: dict):
     """Time and memory of a step against its counted FLOPs, a line for each thing varied."""
-    figure, axes = canvas(1, 2, 11, 4.6)
-    for (what, rows), style in zip(itertools.groupby(report["cost"], lambda r: r["what"]), MARKERS):
+    figure, (time, memory) = canvas(1, 2, 11, 4.6)
+    varied = itertools.groupby(report["cost"], lambda row: row["what"])
+    for (what, rows), style in zip(varied, itertools.cycle(LINES)):
         rows = list(rows)
-        flops = [row["flops"] / 1e9 for row in rows]
-        values = ", ".join(str(row["value"]) for row in rows)
-        axes[0].loglog(flops, [np.median(row["ms"]) for row in rows], style,
-                       label=f"{what}: {values}")
-        memory = [(row["peak_memory_bytes"] or math.nan) / 2 ** 30 for row in rows]
-        axes[1].loglog(flops, memory, style, label=what)
-    rate = np.median([np.median(row["ms"]) / row["flops"] for row in report["cost"]])
-    flops = [row["flops"] for row in report["cost"]]
-    ends = np.array([min(flops), max(flops)])
-    axes[0].loglog(ends / 1e9, rate * ends, color="grey", linewidth=1,
-                   label=f"{1 / rate / 1e9:.3f} TFLOP/s")
-    for axis, title in zip(axes, ("ms a step", "peak memory (GiB)")):
-        axis.set_xlabel("counted GFLOP a step")
-        axis.set_ylabel(title)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
-    figure.suptitle(f"Cost of a training step; {report['device']}", fontsize=11)
+        x = [row["flops"] / 1e9 for row in rows]
+        ms = [(np.median(row["ms"]), min(row["ms"]), max(row["ms"])) for row in rows]
+        values, error = whiskers(ms, 1)
+        name = f"{what}: {', '.join(str(row['value']) for row in rows)}"
+        time.errorbar(x, values, yerr=error, fmt=style, markersize=5, capsize=2, label=name)
+        peak = [(row["peak_memory_bytes"] or math.nan) / 2 ** 30 for row in rows]
+        memory.plot(x, peak, style, markersize=5, label=what)
+    for axis, y in ((time, "time of a step (ms; bars: least to most)"),
+                    (memory, "peak memory (GiB)")):
+        axis.loglog()
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            scale.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+        label(axis, f"A training step; {report['device']}", "counted GFLOP a step", y, "best")
     figure.savefig(path)
 
 
-# ---- diagnostics.py ------------------------------------------------------------------------------
+# ---- One model -----------------------------------------------------------------------------------
+
+def accuracy(result: dict) -> str:
+    return f"accuracy on test images (%; chance {100 / result['classes']:.3g})"
+
+
+def geometry(axis, result: dict):
+    """Each coordinate's accuracies beside the reader's."""
+    rows = result["rows"]
+    for key, marker, name in (("knn1", "d", "nearest neighbour"), ("knn10", "o", "10-NN"),
+                              ("nearest_mean", "s", "nearest class mean"),
+                              ("probe", "^", "linear probe")):
+        there = [(100 * row[key], i) for i, row in enumerate(rows) if row.get(key) is not None]
+        if there:
+            axis.plot(*zip(*there), marker, markersize=5, label=name)
+    low, high = result["reader_interval"]
+    axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12)
+    axis.axvline(100 * result["reader"], color="black", label="trained reader (band: 95%)")
+    name_axis(axis, [row["coordinate"] for row in rows])
+    label(axis, "Do the weights cluster by class? reader - best geometry, points:\n"
+          f"{span(result['gap'], 100)}: C1 {result['verdict']}", accuracy(result))
+    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13))
+
+
+def accuracy_by_stage(axis, result: dict, view: str):
+    """view: "pooled" (the mean token) or "flattened"."""
+    series, title = [], "All tokens, flattened"
+    for key, style, name in (("knn10", "C0o", "10-NN"), ("probe", "C1^", "linear probe")):
+        series += [(f"{view}_{key}", style + "-", name),
+                   (f"untrained_{view}_{key}", style + ":", f"{name}, untrained reader")]
+    if view == "pooled":
+        title = ("Where do classes come apart? Mean token; late rise - half, points:\n"
+                 f"{span(result.get('late_minus_half'), 100)}: C2 {result['verdict']}")
+        series.append(("logit_lens", "C4s--", "head applied early"))
+    lines(axis, result["rows"], series, 100)
+    axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")
+    label(axis, title, "stage", accuracy(result), "best")
+    stage_axis(axis, [row["stage"] for row in result["rows"]])
+
+
+def purity_tells(axis, result: dict):
+    rows = [row for row in result["rows"] if row["auroc"]]
+    curves(axis, [("", row["stage"], row["auroc"]) for row in rows])
+    label(axis, "Does the purity of an image's neighbours (mean token)\n"
+          "tell whether it is read right?", "stage", "AUROC (0.5: chance; bars: 95%)")
+    stage_axis(axis, [row["stage"] for row in rows])
+
+
+def banks_by_stage(axis, result: dict):
+    lines(axis, result["rows"], [("seen_knn10", "C0o-", "images seen in training"),
+                                 ("unseen_knn10", "C1s--", "images never seen")], 100)
+    label(axis, f"10-NN on the mean token against {result['half']} images", "stage",
+          "accuracy on half of the test images (%)", "best")
+    stage_axis(axis, [row["stage"] for row in result["rows"]])
+
+
+def knocked_out(axis, result: dict, where: str):
+    """where: "alone" or "from here on"."""
+    curves(axis, [(row["replaced"], row["block"], row["loss"]) for row in result["knock_outs"]
+                  if row["span"] == where], 100)
+    axis.axhline(0, color="black", linewidth=0.8)
+    title = "one block" if where == "alone" else "this block and all later ones"
+    label(axis, f"Replaced in {title}", "block", LOSS, "best")
+
+
+def exchanged(axis, result: dict, groups: tuple):
+    """Loss with a part of all tokens replaced: rows of these groups. Without "replaced", the bias
+    column by another image's alone."""
+    styles = {"replaced": ("bias column: ", "C0o"), "kept": ("kept: ", "C2^"),
+              "control": ("other: ", "C1s")}
+    rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
+    for row in result["rows"]:
+        # All but the bias column is kept where its mean replaces it: one row for both.
+        if row["group"] in groups and row["name"] != "all but the bias column":
+            prefix, style = styles[row["group"]]
+            rows.append((prefix + row["name"], row["loss"], style))
+    if losses := result["single_columns"]["losses"].values():
+        name = f"other: largest of {len(losses)} single columns"
+        rows.append((name, (max(losses), None, None), "C1s"))
+    dots(axis, rows)
+    label(axis, "Is the bias column a route of its own? loss - strongest other's, points:\n"
+          f"{span(result['margin'], 100)}: C3 {result['verdict']}", LOSS)
+
+
+def cut_to_rank(axis, result: dict):
+    """Loss against the principal components kept, of the bias column and of the other parts."""
+    rows = [row for row in result["rows"] if row["group"] == "rank" or (
+        row["group"] == "low-rank control" and "for the bias" not in row["name"])]
+    rows.sort(key=lambda row: row["rank"])
+    curves(axis, [(row.get("part", "bias column"), row["rank"], row["loss"]) for row in rows], 100)
+    axis.axhline(0, color="black", linewidth=0.8)
+    label(axis, "A part cut to rank r, all else of the token untouched",
+          "principal components kept, r", LOSS, "best" if rows else "")
+
+
+def facts_of_parts(axis, regressions: dict):
+    """R^2 of each fact from four components of each part, or from as many as there are."""
+    tables = [found["to_facts"].get("4") or list(found["to_facts"].values())[-1]
+              for found in regressions.values()]
+    facts = list(tables[0])
+    r2 = np.array([[table[fact][0] if table.get(fact) else math.nan for table in tables]
+                   for fact in facts])                                        # (facts, parts)
+    axis.imshow(r2.clip(0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(r2):
+        axis.text(j, i, "none" if math.isnan(value) else f"{value:.2f}", ha="center", va="center",
+                  fontsize=8, color="white" if value > 0.6 else "black")
+    axis.set_title("What does a part carry? R² on test images, 4 components of it", fontsize=10)
+    axis.tick_params(labelsize=8)
+    axis.set_xticks(range(len(tables)), [textwrap.fill(name, 13) for name in regressions])
+    axis.set_yticks(range(len(facts)), facts)
+
+
+def mediated(axis, result: dict, donors: tuple):
+    """Loss with the mean colour of another image, and with one part alone following it."""
+    found = [m for m in result.get("mediation") or [] if m["donors"] in donors]
+    if not found:
+        note(axis, "mean colour: not exchanged")
+        return
+    rows = []
+    for m in found:
+        rows.append((f"{m['donors']} class: all parts", m["total"], "kD"))
+        rows += [(f"{m['donors']} class: {name}", part["indirect"],
+                  "C0o" if name == "bias column" else "C1s") for name, part in m["parts"].items()]
+    dots(axis, rows)
+    share = found[0]["parts"].get("bias column", {}).get("share")
+    label(axis, "Mean colour taken from an image of another or the same class\n"
+          f"into one part alone; share of the bias column {span(share, 1, 2)}", LOSS)
+
 
 def clustering_figure(path: Path, result: dict):
-    rows = result["rows"][::-1]
-    figure, (axis,) = canvas(1, 1, 8, 1.8 + 0.36 * len(rows))
-    for key, marker, label in (("knn1", "d", "nearest neighbour"),
-                               ("knn10", "o", "10 nearest neighbours"),
-                               ("nearest_mean", "s", "nearest class mean"),
-                               ("probe", "^", "linear probe"),
-                               ("knn10_shuffled", "x", "10 nearest, labels shuffled")):
-        points = [(100 * row[key], i) for i, row in enumerate(rows) if key in row]
-        if points:
-            axis.plot(*zip(*points), marker, label=label)
-    low, high = result["reader_interval"]
-    axis.axvline(100 * result["reader"], color="black", label="trained reader (band: 95%)")
-    axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12)
-    axis.axvline(100 / result["classes"], color="grey", linestyle=":", label="chance")
-    axis.set_yticks(range(len(rows)), [row["coordinate"] for row in rows])
-    axis.set_xlabel("accuracy on test images (%)")
-    axis.set_title(f"Classes by geometry of the weights; bank {result['bank']}, "
-                   f"test {result['test']} images", fontsize=10)
-    axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    figure, (axis,) = canvas(1, 1, 8, 2 + 0.34 * len(result["rows"]))
+    geometry(axis, result)
     figure.savefig(path)
-
-
-def flow_lines(axis, result: dict, view: str):
-    """Accuracy by stage, of the mean token ("pooled") or of all tokens ("flattened")."""
-    rows = result["rows"]
-    lines = [(f"{view}_knn10", "o-", "10-NN"), (f"{view}_probe", "^-", "linear probe"),
-             (f"untrained_{view}_knn10", "o:", "10-NN, untrained reader"),
-             (f"untrained_{view}_probe", "^:", "probe, untrained reader")]
-    if view == "pooled":
-        lines.append(("logit_lens", "s--", "head applied early"))
-    curves(axis, rows, lines, 100)
-    axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")
-    axis.axhline(100 / result["classes"], color="grey", linestyle=":", label="chance")
-    stage_axis(axis, [row["stage"] for row in rows])
-    axis.set_ylabel("accuracy on test images (%)")
-    axis.legend(fontsize=7)
 
 
 def flow_figure(path: Path, result: dict):
-    rows, knocked = result["rows"], result.get("knock_outs") or []
-    stages = [row["stage"] for row in rows]
-    figure, axes = canvas(3 if knocked else 2, 2, 12, 12 if knocked else 8)
-    for axis, view, title in zip(axes, ("pooled", "flattened"), ("Mean token", "All tokens")):
-        if view in result["views"]:
-            flow_lines(axis, result, view)
-            axis.set_title(title, fontsize=10)
-        else:
-            axis.axis("off")
-    curves(axes[2], rows, [("pooled_purity", "o-", "purity, mean token"),
-                           ("flattened_purity", "s-", "purity, all tokens"),
-                           ("untrained_pooled_purity", "o:", "purity, untrained reader")])
-    if rows[-1]["auroc"] and all(row["auroc"] for row in rows):
-        value, low, high = np.array([row["auroc"] for row in rows]).T
-        axes[2].errorbar(range(len(rows)), value, yerr=[value - low, high - value], fmt="^--",
-                         markersize=4, color="C3", label="AUROC: purity tells right from wrong")
-    axes[2].set_title("Neighbour purity among test images", fontsize=10)
-    axes[2].set_ylabel("share of 10 neighbours; AUROC")
-    curves(axes[3], rows, [("seen_knn10", "o-", "bank seen in training"),
-                           ("unseen_knn10", "s--", "bank never seen")], 100)
-    axes[3].set_title(f"10-NN on the mean token, banks of {result['half']} images", fontsize=10)
-    axes[3].set_ylabel("accuracy on half of the test images (%)")
-    for axis in axes[2:4]:
-        stage_axis(axis, stages)
-        axis.legend(fontsize=7)
-    for axis, where in zip(axes[4:], ("alone", "from here on")):
-        knock_out_lines(axis, knocked, where)
-    figure.suptitle("Token flow: A, M: after a block's attention, MLP; "
-                    f"bank {result['bank']}, test {result['test']} images", fontsize=11)
-    figure.savefig(path)
-
-
-def knock_out_lines(axis, knocked: list[dict], where: str):
-    for kind, style in zip(dict.fromkeys(row["replaced"] for row in knocked), MARKERS):
-        mine = [row for row in knocked if (row["replaced"], row["span"]) == (kind, where)]
-        axis.plot([row["block"] for row in mine], [100 * row["loss"][0] for row in mine], style,
-                  markersize=4, label=kind)
-    axis.set_title("Replaced in one block" if where == "alone" else
-                   "Replaced in this block and all later ones", fontsize=10)
-    axis.set_xlabel("block")
-    axis.set_ylabel("loss of accuracy (points)")
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
-    whole_numbers(axis)
-
-
-REPLACED = {"replaced": ("bias: ", "C0"), "kept": ("kept: ", "C2"), "control": ("control: ", "C1")}
+    draws = [(accuracy_by_stage, result, view) for view in result["views"]]
+    if any(row["auroc"] for row in result["rows"]):        # none where all images are read right
+        draws.append((purity_tells, result))
+    draws.append((banks_by_stage, result))
+    if result.get("knock_outs"):
+        draws += [(knocked_out, result, where) for where in ("alone", "from here on")]
+    panels(draws).savefig(path)
 
 
 def bias_figure(path: Path, result: dict):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 8.5), layout="constrained", dpi=120)
-    left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
-    rows = [row for row in result["rows"] if row["group"] in REPLACED]
-    axis = left.subplots()
-    bars(axis, [wrap(REPLACED[row["group"]][0] + row["name"], 34) for row in rows],
-         [row["loss"] for row in rows], [REPLACED[row["group"]][1] for row in rows])
-    axis.set_xlabel("loss of accuracy (points; line: 95% interval)")
-    axis.set_title("Replaced in every token; controls: by another image's", fontsize=10)
-    top, bottom = right.subplots(2, 1)
-    rank_lines(top, result)
-    single = result["single_columns"]
-    losses = [100 * loss for loss in single["losses"].values()]
-    bottom.hist(losses, bins=20, color="C1", alpha=0.75, label=f"{len(losses)} other columns")
-    bottom.axvline(100 * single["bias"], color="C0", linewidth=2, label="bias column")
-    bottom.set_xlabel("loss of accuracy, one column exchanged between images (points)")
-    bottom.set_ylabel("columns")
-    bottom.legend(fontsize=8)
-    bottom.set_title(f"Single columns, {single['images']} images", fontsize=10)
+    figure, (left, right) = canvas(1, 2, 13, 7)
+    exchanged(left, result, ("replaced", "kept", "control"))
+    cut_to_rank(right, result)
     figure.savefig(path)
 
 
-def rank_lines(axis, result: dict):
-    """Accuracy with a part cut to its first r principal components."""
-    own = [row for row in result["rows"] if row["group"] == "rank"]
-    ranks = [row["rank"] for row in own]
-    axis.plot(range(len(own)), [100 * row["accuracy"] for row in own], "o-", color="black",
-              label="bias column")
-    low = [row for row in result["rows"]
-           if row["group"] == "low-rank control" and "for the bias" not in row["name"]]
-    parts = dict.fromkeys(row["part"] for row in low)
-    for style, part in zip(("s--", "^--", "d--", "x:", "+:"), parts):
-        mine = [row for row in low if row["part"] == part and row["rank"] in ranks]
-        axis.plot([ranks.index(row["rank"]) for row in mine],
-                  [100 * row["accuracy"] for row in mine], style, markersize=4, label=part)
-    axis.axhline(100 * result["reader"], color="grey", linewidth=1)
-    axis.set_xticks(range(len(own)), ranks, fontsize=8)
-    axis.set_xlabel("principal components kept, all else of the token untouched")
-    axis.set_ylabel("accuracy (%)")
-    axis.legend(fontsize=7, loc="lower right")
-    axis.set_title("Cut to rank r; grey: the reader", fontsize=10)
-    axis.grid(alpha=0.3)
-
-
-def four_components(regression: dict) -> dict:
-    """R^2 of each fact from four components, or from as many as there are."""
-    return regression["to_facts"].get("4") or list(regression["to_facts"].values())[-1]
-
-
 def content_figure(path: Path, result: dict):
-    names = list(result["regressions"])
-    figure, (left, right) = canvas(1, 2, 13, 6.4, width_ratios=[1.25, 1])
-    tables = [four_components(each) for each in result["regressions"].values()]
-    facts = list(tables[0])
-    values = np.array([[math.nan if table[fact] is None else table[fact][0] for table in tables]
-                       for fact in facts])
-    left.imshow(values.clip(0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        text = "none" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
-        left.text(j, i, text, ha="center", va="center", fontsize=8,
-                  color="white" if value > 0.6 else "black")
-    left.set_xticks(range(len(names)), [wrap(name, 13) for name in names], fontsize=7.5)
-    left.set_yticks(range(len(facts)), facts, fontsize=8)
-    left.set_title("R² on test images, from 4 principal components of a part", fontsize=10)
-    labels, intervals, colours = [], [], []
-    for m in result["mediation"]:
-        who = "another class" if m["donors"] == "other" else "the same class"
-        labels += ["", f"{who}: total effect", *(wrap(name, 30) for name in m["parts"])]
-        intervals += [None, m["total"], *(part["indirect"] for part in m["parts"].values())]
-        colours += ["black", "black", *("C0" if name == "bias column" else "C1"
-                                        for name in m["parts"])]
-    bars(right, labels[1:], intervals[1:], colours[1:])
-    right.set_xlabel("loss of accuracy (points; line: 95% interval)")
-    right.set_title("Mean colour from an image of …; then only one part from it", fontsize=10)
+    figure, (left, right) = canvas(1, 2, 13, 6.4)
+    facts_of_parts(left, result["regressions"])
+    mediated(right, result, ("other", "same"))
     figure.savefig(path)
 
 
 def summary_figure(path: Path, model: dict):
-    """A panel for each experiment that was made."""
+    """A panel of each experiment that was run."""
+    chosen = {"clustering": (geometry,), "token-flow": (accuracy_by_stage, "pooled"),
+              "bias-route": (exchanged, ("control",)), "content": (mediated, ("other",))}
     done = model["experiments"]
-    panels = {"clustering": clustering_panel, "token-flow": flow_panel, "bias-route": route_panel,
-              "content": content_panel}
-    panels = {name: panel for name, panel in panels.items() if name in done}
-    if not panels:
-        return
-    count = len(panels)
-    figure, axes = canvas(2 if count > 2 else 1, min(count, 2), 12 if count > 1 else 6.5,
-                          9 if count > 2 else 4.8)
-    for axis, (name, panel) in zip(axes, panels.items()):
-        panel(axis, done[name])
-    for axis in axes[count:]:
-        axis.axis("off")
+    figure = panels([(draw, done[name], *arguments)
+                     for name, (draw, *arguments) in chosen.items() if name in done])
     figure.suptitle(f"{model['name']}: reader {100 * model['reader']:.1f}% on {model['test']} "
-                    f"{model.get('evaluated_on', 'test images')}, {model['data']}", fontsize=11)
+                    f"{model.get('evaluated_on', 'test images')}, {model['data']}",
+                    fontsize=11, parse_math=False)
     figure.savefig(path)
 
 
-def clustering_panel(axis, c: dict):
-    rows = {row["coordinate"]: row["knn10"] for row in c["rows"]}
-    shown = [name for name in ("pixels", "phi - theta", "bias column", "all but the bias column",
-                               "after the reader's input map") if name in rows]
-    names = [f"10-NN, {name}" for name in shown]
-    names += ["best geometry of the weights", "trained reader"]
-    values = [rows[name] for name in shown] + [c["best_accuracy"], c["reader"]]
-    axis.barh(range(len(names)), [100 * value for value in values], alpha=0.75,
-              color=["C1"] * len(shown) + ["C2", "C0"])
-    names_on_y(axis, names)
-    axis.axvline(100 / c["classes"], color="black", linestyle=":")
-    axis.set_xlabel("accuracy on test images (%); dotted: chance")
-    axis.set_title("Do the weights cluster?\nreader - best geometry "
-                   f"{span(c['gap'])}: C1 {c['verdict']}", fontsize=10)
-
-
-def flow_panel(axis, f: dict):
-    flow_lines(axis, f, "pooled")
-    axis.set_xlabel("stage; A, M: after a block's attention, MLP")
-    title = "Where do classes come apart? (mean token)"
-    if "rise" in f:
-        title += f"\nlate rise - half {span(f['late_minus_half'])}: C2 {f['verdict']}"
-    axis.set_title(title, fontsize=10)
-
-
-def route_panel(axis, b: dict):
-    controls = [row for row in b["rows"] if row["group"] == "control"]
-    singles = b["single_columns"]["losses"]
-    names = ["bias column", *(wrap(row["name"], 30) for row in controls),
-             f"largest of {len(singles)} single columns"]
-    losses = [b["permuted"], *(row["loss"] for row in controls)]
-    losses.append((max(singles.values()), None, None))
-    bars(axis, names, losses, ["C0"] + ["C1"] * (len(names) - 1))
-    axis.set_xlabel("loss of accuracy, exchanged between images (points)")
-    axis.set_title("Is the bias column a route of its own?\nloss - strongest control's "
-                   f"{span(b['margin'])}: C3 {b['verdict']}", fontsize=10)
-
-
-def content_panel(axis, c: dict):
-    m = c["mediation"][0]
-    parts = m["parts"]
-    bars(axis, ["total effect", *(wrap(name, 30) for name in parts)],
-         [m["total"], *(part["indirect"] for part in parts.values())],
-         ["black"] + ["C0" if name == "bias column" else "C1" for name in parts])
-    axis.set_xlabel("loss of accuracy (points)")
-    share = parts.get("bias column", {}).get("share")
-    text = f"share through the bias column {span(share, 1, 2)}" if share else "no share to speak of"
-    axis.set_title(f"What does it carry? Mean colour swapped\n{text}", fontsize=10)
-
+# ---- Several models ------------------------------------------------------------------------------
 
 def models_figure(path: Path, result: dict):
-    """Purity against accuracy over models, and the correlation by stage of the reader."""
-    found, correlations = result["points"], result["correlations"]
-    by_stage = {label: correlations[key] for key, label in (("stage purity", "purity"),
-                ("stage knn10", "10-NN accuracy")) if correlations.get(key)}
-    figure, axes = canvas(1, 1 + bool(by_stage), 7 + 6 * bool(by_stage), 4.8)
-    architectures = [p["architecture"] for p in found]
-    most, labels = max(architectures, key=architectures.count), [p["label"] for p in found]
-    labels = list(dict.fromkeys(labels))
-    for i, (label, marker) in enumerate(zip(labels, itertools.cycle("os^dvP*X<"))):
-        mine = [p for p in found if p["label"] == label and "purity" in p]
-        colour = f"C{i % 10}"
-        axes[0].scatter([p["purity"] for p in mine], [100 * p["reader"] for p in mine],
-                        marker=marker, label=label, edgecolors=colour, facecolors=[
-                            colour if p["architecture"] == most else "none" for p in mine])
-    axes[0].set_xlabel("neighbour purity of phi - theta")
-    axes[0].set_ylabel("reader accuracy (%)")
-    aside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(labels) >= 8 else {}
-    axes[0].legend(fontsize=8 if len(labels) < 8 else 6, **aside)
-    axes[0].grid(alpha=0.3)
-    rho = (correlations.get("purity") or {}).get("spearman", {}).get("phi - theta")
-    text = f"Spearman's rho {span(rho, 1, 2)}" if rho else "too few for a correlation"
-    axes[0].set_title(f"Models (hollow: another architecture)\n{text}", fontsize=10)
-    if by_stage:
-        correlation_lines(axes[1], by_stage, result["models"])
+    """Purity of the weights against accuracy, and which stage's purity goes with accuracy."""
+    stages = result["correlations"].get("stage purity")
+    figure, axes = canvas(1, 1 + bool(stages), 7 + 6 * bool(stages), 4.8)
+    purity_against_accuracy(axes[0], result)
+    if stages:
+        names = [name for name in stages["spearman"] if name != "last - first"]
+        curves(axes[1], [("", name, stages["spearman"][name]) for name in names])
+        label(axes[1], f"{result['models']} models of one architecture, "
+              f"{stages['settings']} settings", "stage (mean token)",
+              "Spearman's rho of purity and accuracy\n(bars: 95%, from 5 settings on)")
+        stage_axis(axes[1], names)
     figure.savefig(path)
 
 
-def correlation_lines(axis, by_stage: dict, models: int):
-    names = list(dict.fromkeys(name for c in by_stage.values() for name in c["spearman"]))
-    names = [name for name in names if name != "last - first"]
-    for k, ((label, c), style) in enumerate(zip(by_stage.items(), MARKERS)):
-        rho = [c["spearman"].get(name, (None,) * 3) for name in names]
-        y = np.array(rho, dtype=float)                             # nothing: NaN
-        axis.errorbar(np.arange(len(names)) + 0.12 * k, y[:, 0],
-                      yerr=np.abs(y[:, 1:].T - y[:, 0]), fmt=style, markersize=4, capsize=2,
-                      label=f"{label}, mean token")
-    stage_axis(axis, names)
-    axis.legend(fontsize=8)
-    axis.set_ylabel("Spearman's rho with reader accuracy")
-    settings = next(iter(by_stage.values()))["settings"]
-    few = "" if settings >= 5 else f"\nno intervals: {settings} settings"
-    axis.set_title(f"By stage of the reader, {models} models of one architecture{few}", fontsize=10)
+def purity_against_accuracy(axis, result: dict):
+    architectures = [point["architecture"] for point in result["points"]]
+    most, groups = max(architectures, key=architectures.count), {}
+    for point in result["points"]:
+        if "purity" in point:
+            name = point.get("label") or f"w_task {point['w_task']:g}"
+            groups.setdefault(name, []).append(point)
+    for k, ((name, points), marker) in enumerate(zip(groups.items(), itertools.cycle(MARKERS))):
+        colour = f"C{k % 10}"                      # nine markers, ten colours: no two names alike
+        fill = [colour if point["architecture"] == most else "none" for point in points]
+        axis.scatter([point["purity"] for point in points],
+                     [100 * point["reader"] for point in points],
+                     marker=marker, facecolors=fill, edgecolors=colour, label=name)
+    rho = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
+    label(axis, "A point is a model; hollow: another architecture\nSpearman's rho "
+          + span(rho, 1, 2), PURITY, "reader accuracy (%)")
+    if groups:
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-# ---- interventions.py: each returns whether there was anything to draw ---------------------------
-
-def dots(axis, names: list[str], intervals: list, seeds: list[int], factor: float = 100):
-    """One row each: the value and its interval; a hollow one is of one seed, over images."""
-    for i, (name, interval, n) in enumerate(zip(names, intervals, seeds)):
-        value, low, high = (None if x is None else factor * x for x in interval)
-        if low is not None:
-            axis.plot([low, high], [i, i], color="black", linewidth=1.2)
-        axis.plot(value, i, "s" if " x " in name else "o", color="C1" if name == "deeper" else "C0",
-                  markerfacecolor=None if n > 1 else "white")
-    names_on_y(axis, names)
-    axis.axvline(0, color="grey", linewidth=0.8)
-
+# ---- The sweep: each returns whether there was anything to draw ----------------------------------
 
 def lanes_figure(path: Path, report: dict, images: str) -> bool:
-    rows = [row for row in report["lanes"] if row["difference"]]
-    if not rows:
-        return False
-    figure, (axis,) = canvas(1, 1, 8, 1.5 + 0.28 * len(rows))
-    dots(axis, [row["lane"] for row in rows], [row["difference"]["interval"] for row in rows],
-         [row["difference"]["seeds"] for row in rows])
-    axis.set_xlabel("accuracy - that of its baseline (cluster...: baseline64), points")
-    title = f"95% intervals: filled, over seeds; hollow, one seed, over {images}"
-    if any(row["lane"] == "deeper" for row in rows):
-        title += "\norange: the capacity control"
-    axis.set_title(title, fontsize=10)
-    figure.savefig(path)
-    return True
+    """Accuracy of each lane less its baseline's. images: what one seed's intervals are over."""
+    groups = {"Intervals over seeds (their number)": [], f"One seed: intervals over {images}": []}
+    for row in report["lanes"]:
+        if d := row["difference"]:
+            name, style = f"{d['lane']} - {d['minus']}", "C1s" if d["lane"] == "deeper" else "C0o"
+            over_seeds, over_images = groups.values()
+            if d["seeds"] > 1:
+                over_seeds.append((f"{name} ({d['seeds']})", d["interval"], style))
+            else:
+                over_images.append((name, d["interval"], style))
+    groups = {title: rows for title, rows in groups.items() if rows}
+    if groups:
+        sizes = [4 + len(rows) for rows in groups.values()]
+        figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(sizes), height_ratios=sizes)
+        for axis, (title, rows) in zip(axes, groups.items()):
+            dots(axis, rows)
+            label(axis, title, "difference of accuracy (points; bars: 95%; square: capacity alone)")
+        figure.savefig(path)
+    return bool(groups)
 
 
 def clusters_figure(path: Path, report: dict, images: str) -> bool:
-    """Purity of phi - theta against accuracy as a weight grows: class loss, contrastive loss."""
-    lanes = [row for row in report["lanes"] if "+" not in row["lane"]]
-    task = [r for r in lanes if r["lane"] in ("wt", "baseline") or r["lane"].startswith("task")]
-    cluster = [r for r in lanes if r["lane"].startswith(("baseline64", "cluster"))]
-    series = [("w_task", "weight of the class loss", task),
-              ("w_cluster", "weight of the contrastive loss", cluster)]
-    series = [each for each in series if len(each[2]) > 1]
+    """Purity of phi - theta against accuracy as the weight of a loss grows."""
+    series = {}
+    for key, without, prefix in (("w_task", ("baseline", "wt"), "task"),
+                                 ("w_cluster", ("baseline64",), "cluster")):
+        rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
+            row["lane"] in without or row["lane"].startswith(prefix))]
+        if len(rows) > 1:
+            series[key] = sorted(rows, key=lambda row: row[key])
     if not series:
         return False
+    titles = {"w_task": "w_task, weight of the class loss",
+              "w_cluster": "w_cluster, weight of the contrastive loss"}
     figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
-    for axis, (key, title, rows) in zip(axes, series):
-        rows = sorted(rows, key=lambda row: row[key])
-        axis.plot([r["purity"][0] for r in rows], [100 * r["reader"][0] for r in rows], alpha=0.4)
-        for row, marker, k in zip(rows, itertools.cycle("osD^vP"), itertools.count()):
-            (x, x_sd), (y, y_sd) = row["purity"], row["reader"]
-            axis.errorbar(x, 100 * y, xerr=x_sd, yerr=y_sd and 100 * y_sd, fmt=marker,
-                          color=f"C{k}", capsize=2, label=f"{row[key]:g}")
-        axis.legend(title=key, fontsize=9, title_fontsize=9)
-        axis.set_title(f"{key}, {title}", fontsize=10)
-        axis.set_xlabel("purity of phi - theta: share of 10 nearest images of its class")
-        axis.grid(alpha=0.3)
-        axis.margins(0.12)
-    axes[0].set_ylabel("reader accuracy (%)")
-    figure.suptitle("Does accuracy follow purity? A point is a lane; bars: sd over seeds, where "
-                    "there are seeds", fontsize=10)
+    for axis, (key, rows) in zip(axes, series.items()):
+        x, x_sd = np.array([row["purity"] for row in rows], dtype=float).T           # no sd: NaN
+        y, y_sd = 100 * np.array([row["reader"] for row in rows], dtype=float).T
+        axis.errorbar(x, y, xerr=x_sd, yerr=y_sd, fmt="o-", capsize=2)
+        for row, *place in zip(rows, x, y):
+            axis.annotate(f"{row[key]:g} (n = {row['n']})", place, (5, 5), fontsize=8,
+                          textcoords="offset points")
+        label(axis, titles[key], PURITY, "reader accuracy (%; bars: sd over n seeds)")
+        axis.margins(0.15)
     figure.savefig(path)
     return True
 
@@ -500,38 +449,21 @@ def factorial_figure(path: Path, report: dict, images: str) -> bool:
     found = report["factorial"]
     if not found:
         return False
-    figure, axes = canvas(1, 3, 15, 4.4)
-    for axis, scale, factor, label in zip(axes, ("accuracy", "log_odds"), (100, 1),
-                                          ("points of accuracy", "log-odds")):
-        names = [name for name in found[scale] if "additive" not in name]
-        dots(axis, names, [found[scale][name] for name in names], [found["seeds"]] * len(names),
-             factor)
-        axis.set_xlabel(label)
-        axis.set_title("Main effects (circles), interactions (squares)", fontsize=10)
-    cells = sorted(found["cells"], key=lambda cell: (cell["lane"] != "baseline",
-                                                     cell["lane"].count("+")))
-    for i, cell in enumerate(cells):           # the interval of the difference, around the measured
-        beyond = found["accuracy"].get(f"{cell['lane']} - additive")
-        if beyond and beyond[1] is not None:
-            ends = [100 * (cell["measured"] + end - beyond[0]) for end in beyond[1:]]
-            axes[2].plot(ends, [i, i], color="black", linewidth=1.2)
-    axes[2].plot([100 * c["measured"] for c in cells], range(len(cells)), "o", label="measured")
-    axes[2].plot([100 * c["additive"] for c in cells], range(len(cells)), "D", color="C3",
-                 markerfacecolor="none", label="baseline + single gains")
-    names_on_y(axes[2], [cell["lane"] for cell in cells])
-    axes[2].set_ylim(len(cells) - 0.4, -1.6)
-    axes[2].set_xlabel("accuracy (%)")
-    axes[2].set_title("Do gains add up? Bars: of the difference", fontsize=10)
-    axes[2].legend(fontsize=8, loc="upper center", ncols=2)
-    over = f"over {images}, one seed"
-    if found["seeds"] > 1:
-        over = f"over {found['seeds']} seeds, pooled residual"
-    figure.suptitle(f"95% intervals {over}", fontsize=11)
+    figure, (axis,) = canvas(1, 1, 8, 4.4)
+    dots(axis, [(name, interval,
+                 "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
+                for name, interval in found["accuracy"].items()])
+    seeds = found["seeds"]
+    over = f"{seeds} seeds, pooled residual" if seeds > 1 else f"{images}, one seed"
+    label(axis, "Do gains add up? circle: a factor's main effect; square: interaction;\n"
+          "diamond: measured - (baseline + single gains)",
+          f"accuracy (points; bars: 95%, over {over})")
     figure.savefig(path)
     return True
 
 
 def population_figure(path: Path, report: dict, images: str) -> bool:
+    """`models_figure` of all runs of the sweep."""
     if not any(report["across"]["correlations"].values()):
         return False
     models_figure(path, report["across"])

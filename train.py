@@ -509,7 +509,8 @@ def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
             yield fits.tokens[rows], fits.labels[rows], fits.error[rows]
 
     def forward(tokens, labels, error):
-        return statistics(read(tokens), labels, error, error.new_zeros(()))
+        logits = read(tokens).to(tokens.dtype)
+        return statistics(logits, labels, error, error.new_zeros(()))
 
     @torch.no_grad()
     def evaluate_fits(poll):
