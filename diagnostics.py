@@ -903,7 +903,7 @@ def open_checkpoint(path: str, flags, device) -> Opened:
         bank = images.take(sample(images.labels, flags.samples))
     if (test.channels, list(test.classes)) != (saved["data"][0], list(saved["data"][1])):
         raise InputError(f"--dataset {args.dataset}: other channels or classes than {path} has")
-    if min(len(bank), len(test)) < 24 or len(bank.labels.unique()) < 2:
+    if min(len(bank), len(test)) < 24 or min(len(x.labels.unique()) for x in (bank, test)) < 2:
         raise InputError(f"{path}: {len(bank)} bank and {len(test)} test images: neighbours in "
                          "half of them need at least 24 of each, of two classes")
     check_memory(path, model, bank, test, device)
@@ -935,7 +935,8 @@ def diagnose(path: str, flags, device, write) -> dict:
     guesses, labels, reader = logits.argmax(-1), queries.labels, model.reader
     right, done, seed = int((guesses == labels).sum()), {}, flags.seed
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
-              "command": command_line(argparse.Namespace(**saved["args"]), METHODS[saved["method"]]),
+              "command": command_line(argparse.Namespace(**saved["args"]),
+                                      METHODS[saved["method"]]),
               "training": saved["args"], "data": args.dataset, "test": len(test),
               "bank": len(images), "unfinished": "progress" in saved,
               "evaluated_on": "held-out training images" if args.val else "test images",

@@ -23,7 +23,7 @@ PURITY = "neighbour purity of phi - theta (share of 10)"
 
 # ---- Pieces --------------------------------------------------------------------------------------
 
-def canvas(rows: int, columns: int, width: float, height: float, **more) -> tuple[Figure, list]:
+def canvas(rows: int, columns: int, width: float, height: float, **more):
     """A figure of width x height inches, and its panels row after row."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **more).flatten())
@@ -48,15 +48,14 @@ def note(axis, text: str):
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", fontsize=9)
 
 
-def label(axis, title: str, x: str, y: str = "", legend: str = ""):
-    """legend: where it stands ("best", "lower right", ...); "": there is none."""
-    axis.set_title(title, fontsize=10)
+def label(axis, title: str, x: str, y: str = "", legend: bool = False):
+    axis.set_title(textwrap.fill(title, 54), fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if legend:
-        axis.legend(fontsize=8, loc=legend)
+        axis.legend(fontsize=8)
 
 
 def span(interval, factor: float = 1, digits: int = 1) -> str:
@@ -67,36 +66,39 @@ def span(interval, factor: float = 1, digits: int = 1) -> str:
     return f"{value} [{ends[0]}, {ends[1]}]" if ends[0] else f"{value} (no interval)"
 
 
-def whiskers(intervals: list, factor: float) -> tuple[np.ndarray, np.ndarray]:
+def whiskers(intervals: list, factor: float):
     """Values (n,), and how far the lower and upper ends are from them (2, n); NaN: none."""
     table = factor * np.array(intervals, dtype=float)
     return table[:, 0], np.abs(table[:, 1:].T - table[:, 0])
 
 
-def lines(axis, rows: list[dict], series: list[tuple], factor: float = 1, x: list | None = None):
-    """A line over all rows for each (key, style, name); none for a key that the last row lacks."""
+def place_axis(axis, places: list):
+    """Places from left to right; slanted where they are words."""
+    words = {"rotation": 50, "ha": "right", "rotation_mode": "anchor"}
+    slant = words if any(isinstance(place, str) for place in places) else {}
+    axis.set_xticks(range(len(places)), places, **slant)
+
+
+def lines(axis, rows: list[dict], series: list[tuple]):
+    """Shares over the stages: a line for each (key, style, name) that the last row has."""
+    place_axis(axis, [row["stage"] for row in rows])
     for key, style, name in series:
         if rows[-1].get(key) is not None:
-            y = [math.nan if row.get(key) is None else factor * row[key] for row in rows]
-            axis.plot(range(len(y)) if x is None else x, y, style, markersize=4, label=name)
+            y = [math.nan if row.get(key) is None else 100 * row[key] for row in rows]
+            axis.plot(y, style, markersize=4, label=name)
 
 
 def curves(axis, points: list[tuple], factor: float = 1):
-    """Points (name, place, interval): a line with intervals for each name, a little side by side;
-    places stand on the x axis in the order in which they come."""
-    places = list(dict.fromkeys(place for _, place, _ in points))
-    names, styles = list(dict.fromkeys(name for name, *_ in points)), itertools.cycle(LINES)
-    for k, name in enumerate(names):
-        mine = [(places.index(place), interval) for each, place, interval in points if each == name]
-        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(names) - 1) / 2)
+    """Points (name, place, interval): a line for each name, a little side by side."""
+    places, series = list(dict.fromkeys(place for _, place, _ in points)), {}
+    for name, place, interval in points:
+        series.setdefault(name, []).append((places.index(place), interval))
+    for k, ((name, mine), style) in enumerate(zip(series.items(), itertools.cycle(LINES))):
+        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(series) - 1) / 2)
         y, error = whiskers([interval for _, interval in mine], factor)
-        axis.errorbar(x, y, yerr=error, fmt=next(styles), markersize=4, elinewidth=0.8, capsize=2,
+        axis.errorbar(x, y, yerr=error, fmt=style, markersize=4, elinewidth=0.8, capsize=2,
                       label=textwrap.fill(name, 32))
-    axis.set_xticks(range(len(places)), places)
-
-
-def stage_axis(axis, stages: list[str]):
-    axis.set_xticks(range(len(stages)), stages, rotation=50, ha="right", rotation_mode="anchor")
+    place_axis(axis, places)
 
 
 def name_axis(axis, names: list[str]):
@@ -134,21 +136,22 @@ def training_figure(path: Path, report: dict, shown: dict):
         for axis, images, decibels in zip(row, shown["shown"], shown["psnr"]):
             picture(axis, images[i], f"{decibels[i]:.1f} dB")
         known, guess = shown["classes"][i], shown["guesses"][i]
-        right = "right" if guess == known else "wrong"
-        picture(row[-1], shown["images"][i], f"{known}\nread as {guess} ({right})")
+        verdict = "right" if guess == known else "wrong"
+        picture(row[-1], shown["images"][i], f"{known}\nread as {guess} ({verdict})")
     figure.savefig(path)
 
 
 def learning_curves(axes, report: dict):
     rows = report["epochs"]
     held = "val" if "validation" in report["evaluated_on"] else "test"
-    for axis, quantity, train, unseen, factor in zip(
+    for axis, quantity, keys, factor in zip(
             axes, ("class loss (nats)", "accuracy (%)", "PSNR (dB)"),
-            ("loss", "train_accuracy", "train_psnr"), ("", "test_accuracy", "test_psnr"),
+            (["loss"], ["train_accuracy", "test_accuracy"], ["train_psnr", "test_psnr"]),
             (1, 100, 1)):
-        lines(axis, rows, [(train, "C0.--", "train"), (unseen, "C1.-", held)], factor,
-              [row["epoch"] for row in rows])
-        label(axis, "", "epoch", quantity, "best")
+        for key, style, name in zip(keys, ("C0.--", "C1.-"), ("train", held)):
+            x, y = [row["epoch"] for row in rows], [factor * row[key] for row in rows]
+            axis.plot(x, y, style, label=name)
+        label(axis, "", "epoch", quantity, True)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -162,26 +165,22 @@ def picture(axis, image: np.ndarray, text: str):
 
 
 def cost_figure(path: Path, report: dict):
-    """Time and memory of a step against its counted FLOPs, a line for each thing varied."""
-    figure, (time, memory) = canvas(1, 2, 11, 4.6)
+    """Time and memory of a step against its counted FLOPs."""
+    figure, axes = canvas(1, 2, 11, 4.6)
     varied = itertools.groupby(report["cost"], lambda row: row["what"])
     for (what, rows), style in zip(varied, itertools.cycle(LINES)):
         rows = list(rows)
-        x = [row["flops"] / 1e9 for row in rows]
-        ms = [(np.median(row["ms"]), min(row["ms"]), max(row["ms"])) for row in rows]
-        values, error = whiskers(ms, 1)
         name = f"{what}: {', '.join(str(row['value']) for row in rows)}"
-        time.errorbar(x, values, yerr=error, fmt=style, markersize=5, capsize=2, label=name)
-        peak = [(row["peak_memory_bytes"] or math.nan) / 2 ** 30 for row in rows]
-        memory.plot(x, peak, style, markersize=5, label=what)
-    for axis, y in ((time, "time of a step (ms; bars: least to most)"),
-                    (memory, "peak memory (GiB)")):
-        axis.loglog()
+        gflop = [row["flops"] / 1e9 for row in rows]
+        memory = [(row["peak_memory_bytes"] or math.nan) / 2 ** 30 for row in rows]
+        axes[0].loglog(gflop, [np.median(row["ms"]) for row in rows], style, label=name)
+        axes[1].loglog(gflop, memory, style, label=name)
+    for axis, y in zip(axes, ("median time of a step (ms)", "peak memory (GiB)")):
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             scale.set_major_formatter("{x:g}")
         axis.minorticks_off()
-        label(axis, f"A training step; {report['device']}", "counted GFLOP a step", y, "best")
+        label(axis, f"A training step; {report['device']}", "counted GFLOP a step", y, True)
     figure.savefig(path)
 
 
@@ -192,19 +191,18 @@ def accuracy(result: dict) -> str:
 
 
 def geometry(axis, result: dict):
-    """Each coordinate's accuracies beside the reader's."""
     rows = result["rows"]
     for key, marker, name in (("knn1", "d", "nearest neighbour"), ("knn10", "o", "10-NN"),
                               ("nearest_mean", "s", "nearest class mean"),
                               ("probe", "^", "linear probe")):
-        there = [(100 * row[key], i) for i, row in enumerate(rows) if row.get(key) is not None]
-        if there:
-            axis.plot(*zip(*there), marker, markersize=5, label=name)
+        if key in rows[-1]:
+            x = [100 * row.get(key, math.nan) for row in rows]
+            axis.plot(x, range(len(rows)), marker, markersize=5, label=name)
     low, high = result["reader_interval"]
     axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12)
     axis.axvline(100 * result["reader"], color="black", label="trained reader (band: 95%)")
     name_axis(axis, [row["coordinate"] for row in rows])
-    label(axis, "Do the weights cluster by class? reader - best geometry, points:\n"
+    label(axis, "Do the weights cluster by class? reader - best geometry, points: "
           f"{span(result['gap'], 100)}: C1 {result['verdict']}", accuracy(result))
     axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13))
 
@@ -216,29 +214,25 @@ def accuracy_by_stage(axis, result: dict, view: str):
         series += [(f"{view}_{key}", style + "-", name),
                    (f"untrained_{view}_{key}", style + ":", f"{name}, untrained reader")]
     if view == "pooled":
-        title = ("Where do classes come apart? Mean token; late rise - half, points:\n"
-                 f"{span(result.get('late_minus_half'), 100)}: C2 {result['verdict']}")
         series.append(("logit_lens", "C4s--", "head applied early"))
-    lines(axis, result["rows"], series, 100)
+        title = ("Where do classes come apart? Mean token; late rise - half, points: "
+                 f"{span(result.get('late_minus_half'), 100)}: C2 {result['verdict']}")
+    lines(axis, result["rows"], series)
     axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")
-    label(axis, title, "stage", accuracy(result), "best")
-    stage_axis(axis, [row["stage"] for row in result["rows"]])
+    label(axis, title, "stage", accuracy(result), True)
 
 
 def purity_tells(axis, result: dict):
-    rows = [row for row in result["rows"] if row["auroc"]]
-    curves(axis, [("", row["stage"], row["auroc"]) for row in rows])
-    label(axis, "Does the purity of an image's neighbours (mean token)\n"
-          "tell whether it is read right?", "stage", "AUROC (0.5: chance; bars: 95%)")
-    stage_axis(axis, [row["stage"] for row in rows])
+    curves(axis, [("", row["stage"], row["auroc"]) for row in result["rows"] if row["auroc"]])
+    label(axis, "Does the purity of an image's neighbours (mean token) tell whether it is read "
+          "right?", "stage", "AUROC (0.5: chance; bars: 95%)")
 
 
 def banks_by_stage(axis, result: dict):
     lines(axis, result["rows"], [("seen_knn10", "C0o-", "images seen in training"),
-                                 ("unseen_knn10", "C1s--", "images never seen")], 100)
+                                 ("unseen_knn10", "C1s--", "images never seen")])
     label(axis, f"10-NN on the mean token against {result['half']} images", "stage",
-          "accuracy on half of the test images (%)", "best")
-    stage_axis(axis, [row["stage"] for row in result["rows"]])
+          "accuracy on half of the test images (%)", True)
 
 
 def knocked_out(axis, result: dict, where: str):
@@ -246,13 +240,11 @@ def knocked_out(axis, result: dict, where: str):
     curves(axis, [(row["replaced"], row["block"], row["loss"]) for row in result["knock_outs"]
                   if row["span"] == where], 100)
     axis.axhline(0, color="black", linewidth=0.8)
-    title = "one block" if where == "alone" else "this block and all later ones"
-    label(axis, f"Replaced in {title}", "block", LOSS, "best")
+    label(axis, f"A block's attention or MLP replaced, {where}", "block", LOSS, True)
 
 
 def exchanged(axis, result: dict, groups: tuple):
-    """Loss with a part of all tokens replaced: rows of these groups. Without "replaced", the bias
-    column by another image's alone."""
+    """Rows of these groups; without "replaced" the bias column by another image's alone."""
     styles = {"replaced": ("bias column: ", "C0o"), "kept": ("kept: ", "C2^"),
               "control": ("other: ", "C1s")}
     rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
@@ -265,19 +257,19 @@ def exchanged(axis, result: dict, groups: tuple):
         name = f"other: largest of {len(losses)} single columns"
         rows.append((name, (max(losses), None, None), "C1s"))
     dots(axis, rows)
-    label(axis, "Is the bias column a route of its own? loss - strongest other's, points:\n"
+    label(axis, "Is the bias column a route of its own? loss - strongest other's, points: "
           f"{span(result['margin'], 100)}: C3 {result['verdict']}", LOSS)
 
 
 def cut_to_rank(axis, result: dict):
-    """Loss against the principal components kept, of the bias column and of the other parts."""
+    """Loss against the principal components kept of each part."""
     rows = [row for row in result["rows"] if row["group"] == "rank" or (
         row["group"] == "low-rank control" and "for the bias" not in row["name"])]
     rows.sort(key=lambda row: row["rank"])
     curves(axis, [(row.get("part", "bias column"), row["rank"], row["loss"]) for row in rows], 100)
     axis.axhline(0, color="black", linewidth=0.8)
     label(axis, "A part cut to rank r, all else of the token untouched",
-          "principal components kept, r", LOSS, "best" if rows else "")
+          "principal components kept, r", LOSS, bool(rows))
 
 
 def facts_of_parts(axis, regressions: dict):
@@ -310,8 +302,8 @@ def mediated(axis, result: dict, donors: tuple):
                   "C0o" if name == "bias column" else "C1s") for name, part in m["parts"].items()]
     dots(axis, rows)
     share = found[0]["parts"].get("bias column", {}).get("share")
-    label(axis, "Mean colour taken from an image of another or the same class\n"
-          f"into one part alone; share of the bias column {span(share, 1, 2)}", LOSS)
+    label(axis, "Mean colour of an image of another or the same class, put into one part alone; "
+          f"share of the bias column {span(share, 1, 2)}", LOSS)
 
 
 def clustering_figure(path: Path, result: dict):
@@ -357,114 +349,100 @@ def summary_figure(path: Path, model: dict):
     figure.savefig(path)
 
 
-# ---- Several models ------------------------------------------------------------------------------
+# ---- Several models; a sweep's figures return whether there was anything to draw -----------------
 
 def models_figure(path: Path, result: dict):
     """Purity of the weights against accuracy, and which stage's purity goes with accuracy."""
     stages = result["correlations"].get("stage purity")
     figure, axes = canvas(1, 1 + bool(stages), 7 + 6 * bool(stages), 4.8)
-    purity_against_accuracy(axes[0], result)
+    architectures = [each["architecture"] for each in result["points"]]
+    most = max(architectures, key=architectures.count)
+    purity_points(axes[0], [
+        (each.get("label") or f"w_task {each['w_task']:g}", (each["purity"], None),
+         (each["reader"], None), each["architecture"] == most)
+        for each in result["points"] if "purity" in each])
+    label(axes[0], "A point is a model; hollow: another architecture", PURITY,
+          "reader accuracy (%)")
+    if axes[0].containers:
+        axes[0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     if stages:
-        names = [name for name in stages["spearman"] if name != "last - first"]
-        curves(axes[1], [("", name, stages["spearman"][name]) for name in names])
-        label(axes[1], f"{result['models']} models of one architecture, "
-              f"{stages['settings']} settings", "stage (mean token)",
-              "Spearman's rho of purity and accuracy\n(bars: 95%, from 5 settings on)")
-        stage_axis(axes[1], names)
+        curves(axes[1], [("", name, interval) for name, interval in stages["spearman"].items()
+                         if name != "last - first"])
+        label(axes[1], f"{result['models']} models of one architecture in {stages['settings']} "
+              "settings; from 5 on bars: 95%", "stage (mean token)",
+              "Spearman's rho of purity and accuracy")
     figure.savefig(path)
 
 
-def purity_against_accuracy(axis, result: dict):
-    architectures = [point["architecture"] for point in result["points"]]
-    most, groups = max(architectures, key=architectures.count), {}
-    for point in result["points"]:
-        if "purity" in point:
-            name = point.get("label") or f"w_task {point['w_task']:g}"
-            groups.setdefault(name, []).append(point)
-    for k, ((name, points), marker) in enumerate(zip(groups.items(), itertools.cycle(MARKERS))):
-        colour = f"C{k % 10}"                      # nine markers, ten colours: no two names alike
-        fill = [colour if point["architecture"] == most else "none" for point in points]
-        axis.scatter([point["purity"] for point in points],
-                     [100 * point["reader"] for point in points],
-                     marker=marker, facecolors=fill, edgecolors=colour, label=name)
-    rho = (result["correlations"].get("purity") or {}).get("spearman", {}).get("phi - theta")
-    label(axis, "A point is a model; hollow: another architecture\nSpearman's rho "
-          + span(rho, 1, 2), PURITY, "reader accuracy (%)")
-    if groups:
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+def purity_points(axis, points: list[tuple]):
+    """Points (name, purity, reader accuracy, filled); the two are (mean, sd), sd may be None."""
+    names = [name for name, *_ in points]
+    for i, (name, (x, x_sd), (y, y_sd), filled) in enumerate(points):
+        k = list(dict.fromkeys(names)).index(name)      # nine markers, ten colours: no two alike
+        axis.errorbar(x, 100 * y, xerr=x_sd, yerr=y_sd and 100 * y_sd, fmt=MARKERS[k % 9],
+                      color=f"C{k % 10}", markerfacecolor=f"C{k % 10}" if filled else "none",
+                      capsize=2, label=name if names.index(name) == i else None)
 
-
-# ---- The sweep: each returns whether there was anything to draw ----------------------------------
 
 def lanes_figure(path: Path, report: dict, images: str) -> bool:
     """Accuracy of each lane less its baseline's. images: what one seed's intervals are over."""
-    groups = {"Intervals over seeds (their number)": [], f"One seed: intervals over {images}": []}
-    for row in report["lanes"]:
-        if d := row["difference"]:
-            name, style = f"{d['lane']} - {d['minus']}", "C1s" if d["lane"] == "deeper" else "C0o"
-            over_seeds, over_images = groups.values()
-            if d["seeds"] > 1:
-                over_seeds.append((f"{name} ({d['seeds']})", d["interval"], style))
-            else:
-                over_images.append((name, d["interval"], style))
-    groups = {title: rows for title, rows in groups.items() if rows}
+    found = [row["difference"] for row in report["lanes"] if row["difference"]]
+    groups = {"n seeds": [each for each in found if each["seeds"] > 1],
+              images: [each for each in found if each["seeds"] == 1]}
+    groups = {over: rows for over, rows in groups.items() if rows}
     if groups:
-        sizes = [4 + len(rows) for rows in groups.values()]
-        figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(sizes), height_ratios=sizes)
-        for axis, (title, rows) in zip(axes, groups.items()):
-            dots(axis, rows)
-            label(axis, title, "difference of accuracy (points; bars: 95%; square: capacity alone)")
+        heights = [4 + len(rows) for rows in groups.values()]
+        figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(heights), height_ratios=heights)
+        for axis, (over, rows) in zip(axes, groups.items()):
+            dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})",
+                         each["interval"], "C1s" if each["lane"] == "deeper" else "C0o")
+                        for each in rows])
+            label(axis, f"Intervals over {over} (square: capacity alone)",
+                  "difference of accuracy (points; bars: 95%)")
         figure.savefig(path)
     return bool(groups)
 
 
 def clusters_figure(path: Path, report: dict, images: str) -> bool:
     """Purity of phi - theta against accuracy as the weight of a loss grows."""
-    series = {}
-    for key, without, prefix in (("w_task", ("baseline", "wt"), "task"),
-                                 ("w_cluster", ("baseline64",), "cluster")):
+    series = []
+    for key, loss, without, prefix in (
+            ("w_task", "class loss", ("baseline", "wt"), "task"),
+            ("w_cluster", "contrastive loss", ("baseline64",), "cluster")):
         rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
             row["lane"] in without or row["lane"].startswith(prefix))]
         if len(rows) > 1:
-            series[key] = sorted(rows, key=lambda row: row[key])
-    if not series:
-        return False
-    titles = {"w_task": "w_task, weight of the class loss",
-              "w_cluster": "w_cluster, weight of the contrastive loss"}
-    figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
-    for axis, (key, rows) in zip(axes, series.items()):
-        x, x_sd = np.array([row["purity"] for row in rows], dtype=float).T           # no sd: NaN
-        y, y_sd = 100 * np.array([row["reader"] for row in rows], dtype=float).T
-        axis.errorbar(x, y, xerr=x_sd, yerr=y_sd, fmt="o-", capsize=2)
-        for row, *place in zip(rows, x, y):
-            axis.annotate(f"{row[key]:g} (n = {row['n']})", place, (5, 5), fontsize=8,
-                          textcoords="offset points")
-        label(axis, titles[key], PURITY, "reader accuracy (%; bars: sd over n seeds)")
-        axis.margins(0.15)
-    figure.savefig(path)
-    return True
+            series.append((key, loss, sorted(rows, key=lambda row: row[key])))
+    if series:
+        figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
+        for axis, (key, loss, rows) in zip(axes, series):
+            purity_points(axis, [(f"{key} {row[key]:g}, n = {row['n']}", row["purity"],
+                                  row["reader"], True) for row in rows])
+            label(axis, f"{key}: weight of the {loss}", PURITY,
+                  "reader accuracy (%; bars: sd over n seeds)", True)
+        figure.savefig(path)
+    return bool(series)
 
 
 def factorial_figure(path: Path, report: dict, images: str) -> bool:
+    """Effects of route, bias and dense alone and together."""
     found = report["factorial"]
-    if not found:
-        return False
-    figure, (axis,) = canvas(1, 1, 8, 4.4)
-    dots(axis, [(name, interval,
-                 "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
-                for name, interval in found["accuracy"].items()])
-    seeds = found["seeds"]
-    over = f"{seeds} seeds, pooled residual" if seeds > 1 else f"{images}, one seed"
-    label(axis, "Do gains add up? circle: a factor's main effect; square: interaction;\n"
-          "diamond: measured - (baseline + single gains)",
-          f"accuracy (points; bars: 95%, over {over})")
-    figure.savefig(path)
-    return True
+    if found:
+        figure, (axis,) = canvas(1, 1, 8, 4.4)
+        dots(axis, [(name, interval,
+                     "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
+                    for name, interval in found["accuracy"].items()])
+        over = f"{found['seeds']} seeds" if found["seeds"] > 1 else f"{images}, one seed"
+        label(axis, "Do gains add up? circle: main effect of a factor; square: interaction; "
+              "diamond: measured - (baseline + single gains)",
+              f"accuracy (points; bars: 95%, over {over})")
+        figure.savefig(path)
+    return bool(found)
 
 
 def population_figure(path: Path, report: dict, images: str) -> bool:
     """`models_figure` of all runs of the sweep."""
-    if not any(report["across"]["correlations"].values()):
-        return False
-    models_figure(path, report["across"])
-    return True
+    there = any(report["across"]["correlations"].values())
+    if there:
+        models_figure(path, report["across"])
+    return there

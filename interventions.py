@@ -93,7 +93,6 @@ LANES = {              # name: what changes, as a function of what all lanes sha
     "deeper": ("capacity control: a deeper reader", None)}
 FACTORS = ("route", "bias", "dense")
 COMBINED = [f"{a}+{b}" for a, b in itertools.combinations(FACTORS, 2)] + ["+".join(FACTORS)]
-DEAREST = ("route", "bias", "colour", "dense")
 
 
 def changed_by(base, changes: dict) -> argparse.Namespace:
@@ -114,14 +113,15 @@ def cost(args, channels: int, classes: int) -> tuple[int, float]:
 
 def capacity_depth(base, channels: int, classes: int) -> int:
     """The least depth of a reader whose model has the parameters of the dearest lane and a quarter
-    more FLOPs, since the inner loop's FLOPs take longer than the reader's. Both grow by the same
-    with every block. InputError: a depth that nobody would train."""
-    lanes = [changed_by(base, LANES[lane][1](base)) for lane in DEAREST]
-    parameters, flops = map(max, zip(*(cost(args, channels, classes) for args in lanes)))
-    now, deeper = (cost(changed_by(base, {"reader_depth": depth}), channels, classes)
-                   for depth in (base.reader_depth, base.reader_depth + 1))
-    more = max(0, *(math.ceil((wanted - has) / (then - has)) for wanted, has, then
-                    in zip((parameters, 1.25 * flops), now, deeper)))
+    more FLOPs, since the inner loop's FLOPs take longer than the reader's. Every block adds the
+    same. InputError: a depth that nobody would train."""
+    def costs(changes: dict):
+        return cost(changed_by(base, changes), channels, classes)
+
+    dearest = [costs(LANES[lane][1](base)) for lane in ("route", "bias", "colour", "dense")]
+    wanted = max(p for p, _ in dearest), 1.25 * max(flops for _, flops in dearest)
+    has, with_one_more = costs({}), costs({"reader_depth": base.reader_depth + 1})
+    more = max(0, *(math.ceil((w - h) / (m - h)) for w, h, m in zip(wanted, has, with_one_more)))
     if more >= 50:
         raise InputError(f"--lanes deeper: its reader would need {more} more blocks to cost what "
                          "dense costs, all pixels in place of a share of "
@@ -141,16 +141,16 @@ def in_order(lanes: list[str]) -> list[str]:
     parts = [*FACTORS, *(part for part in LANES if part not in FACTORS)]
     found = {"baseline"}
     for lane in lanes:
-        joined = sorted(lane.split("+"), key=lambda part: (part in LANES, parts.index(part)
-                                                           if part in LANES else 0))
-        if joined[0] not in LANES:
-            raise InputError(f"--lanes {lane}: there is no lane {joined[0]}; there are "
-                             f"{', '.join(LANES)}, and several joined by +")
-        if len(joined) > 1 and any(part.startswith("baseline") for part in joined):
-            raise InputError(f"--lanes {lane}: a baseline changes nothing that could be joined")
-        if len(set(joined)) < len(joined):
-            raise InputError(f"--lanes {lane}: the same one twice")
-        found |= {"+".join(joined), against(lane)}
+        joined = lane.split("+")
+        for part in joined:
+            if part not in LANES:
+                raise InputError(f"--lanes {lane}: there is no lane {part}; there are "
+                                 f"{', '.join(LANES)}, and several joined by +")
+            if part.startswith("baseline") and lane != part:
+                raise InputError(f"--lanes {lane}: a baseline changes nothing that could be joined")
+            if joined.count(part) > 1:
+                raise InputError(f"--lanes {lane}: the same one twice")
+        found |= {"+".join(sorted(joined, key=parts.index)), against(lane)}
 
     def place(lane: str):
         single = list(LANES).index(lane) if lane in LANES else len(LANES)
@@ -266,11 +266,11 @@ def read_mark(folder: Path) -> dict | None:
     try:
         mark = json.loads((folder / "sweep.json").read_text())
         sound = mark | MARK == mark and all(isinstance(mark[key], t) for key, t in types.items())
-        saved = parser().parse_args(as_flags(mark["settings"]))     # as a user's flags are checked
+        saved = parser().parse_args(as_flags(mark["settings"]))    # as a user's flags are checked
         in_order(mark["lanes"])
-        if sound and {"dataset", "size"} <= set(vars(saved)) and mark["seeds"] > 0 < mark["threads"]:
+        if sound and "dataset" in saved and "size" in saved and mark["seeds"] > 0 < mark["threads"]:
             known = {key: mark["settings"].get(key, usual) for key, usual in RECIPE.items()}
-            return mark | {"settings": known}
+            return mark | {"settings": known}                      # without what is no setting now
     except FileNotFoundError:
         if not folder.exists() and folder.parent.is_dir():
             return None
@@ -287,15 +287,14 @@ def read_mark(folder: Path) -> dict | None:
 
 def widen(folder: Path, mark: dict) -> dict:
     """Writes sweep.json, with what other commands with the same settings asked for."""
-    def essence(settings_: dict) -> dict:
-        return counted(argparse.Namespace(**settings_ | {"seed": 0}))
-
-    found = read_mark(folder)
-    if found and essence(found["settings"]) == essence(mark["settings"]):
-        firsts = [m["settings"]["seed"] for m in (found, mark)]
-        end = max(first + m["seeds"] for first, m in zip(firsts, (found, mark)))
-        mark = mark | {"lanes": in_order(found["lanes"] + mark["lanes"]), "seeds": end - min(firsts),
-                       "settings": mark["settings"] | {"seed": min(firsts)}}
+    marks = [found for found in (read_mark(folder), mark) if found]
+    shared = [{key: value for key, value in m["settings"].items() if key not in FREE | {"seed"}}
+              for m in marks]
+    if shared[0] == shared[-1]:
+        first = min(m["settings"]["seed"] for m in marks)
+        end = max(m["settings"]["seed"] + m["seeds"] for m in marks)
+        mark = mark | {"lanes": in_order([lane for m in marks for lane in m["lanes"]]),
+                       "settings": mark["settings"] | {"seed": first}, "seeds": end - first}
     write_json(folder / "sweep.json", mark)
     return mark
 
@@ -492,7 +491,8 @@ def diagnose(args) -> dict:
     permuted = loss_without(model, queries, right, -1)
     parameters, flops = cost(args, images.channels, len(images.classes))
     epochs = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
-    return {"name": Path(args.out).stem, "training": vars(args), "reader": accuracy(guesses, queries.labels),
+    return {"name": Path(args.out).stem, "training": vars(args),
+            "reader": accuracy(guesses, queries.labels),
             "right": "".join(map(str, right.int().tolist())),
             "psnr": content["metrics"]["test_psnr"],
             "seconds": len(epochs) * statistics.median(epochs), "parameters": parameters,
@@ -537,17 +537,12 @@ def additive(cell: tuple[int, ...]) -> Tensor:
     return c
 
 
-def asked() -> dict[str, Tensor]:
-    """What is asked of the eight cells: effects and interactions, and what each joined cell has
-    beyond the single gains."""
-    found = {" x ".join(FACTORS[f] for f in subset): contrast(subset) for subset in SUBSETS}
-    for i, cell in enumerate(CELLS):
-        if sum(cell) > 1:
-            found[f"{lane_of(cell)} - additive"] = torch.eye(8, dtype=torch.float64)[i] - additive(cell)
-    return found
-
-
-ASKED = asked()
+# What is asked of the cells: effects and interactions, and what each joined cell has beyond the
+# single gains.
+ASKED = {" x ".join(FACTORS[f] for f in subset): contrast(subset) for subset in SUBSETS}
+for cell, itself in zip(CELLS, torch.eye(len(CELLS), dtype=torch.float64)):
+    if sum(cell) > 1:
+        ASKED[f"{lane_of(cell)} - additive"] = itself - additive(cell)
 JOINED = f"{'+'.join(FACTORS)} - additive"     # this one alone decides: one chance of error
 
 
@@ -591,9 +586,8 @@ def factorial_report(found: dict[str, list[dict]]) -> dict | None:
     else:
         right = torch.stack([hits(of[seeds[0]]) for of in runs], 1)
         scales = factorial_over_images(right), factorial_over_images(right, odds=True)
-    means = y.mean(1)
-    cells = [{"lane": lane_of(cell), "measured": float(m), "additive": float(additive(cell) @ means)}
-             for cell, m in zip(CELLS, means)]
+    cells = [{"lane": lane_of(cell), "measured": float(y[i].mean()),
+              "additive": float(additive(cell) @ y.mean(1))} for i, cell in enumerate(CELLS)]
     return {"seeds": len(seeds), "accuracy": scales[0], "log_odds": scales[1], "cells": cells}
 
 
@@ -658,9 +652,7 @@ def summarise(found: dict[str, list[dict]]) -> dict:
 
 # ---- Claims --------------------------------------------------------------------------------------
 #
-# C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader's
-# accuracy. C2: purity goes with accuracy only at late stages of the reader. C4: route, bias and
-# dense help beyond a deeper reader of the same cost, and do not add up. Three seeds for a verdict.
+# A sentence a claim, with its rule beside the verdict; ABOUT, below, says what C1, C2 and C4 are.
 
 FEW = "not decided here (fewer than three seeds)"
 
@@ -677,9 +669,10 @@ def over(seeds: int, images: str) -> str:
 def baseline_claims(report: dict, images: str) -> list[str]:
     """C1 and C2 of the baseline."""
     across, baseline = report["across"], report["lanes"][0]
-    lines = [line for line in across["verdicts"] if line.startswith(("C1, baseline:", "C2, baseline:"))]
-    if lines or baseline["lane"] != "baseline":
-        return lines
+    verdicts = [line for line in across["verdicts"]
+                if line.startswith(("C1, baseline:", "C2, baseline:"))]
+    if verdicts or baseline["lane"] != "baseline":
+        return verdicts
     verdict = FEW
     if baseline["n"] >= 3:
         verdict = "not decided here (the baseline's architecture is not that of most models)"
@@ -689,8 +682,8 @@ def baseline_claims(report: dict, images: str) -> list[str]:
     models = f"over {across['models']} models of one architecture" if purity else "too few models"
     late = ", ".join(shown(interval, 100) for interval in report["late"])
     return [f"C1: {verdict}. Reader - best geometry {100 * baseline['gap'][0]:+.1f} points (rule: "
-            f"> 2); Spearman's rho(purity of phi - theta, accuracy) {shown(purity, 1, 2)}, {models} "
-            "(rule: < 0.5)",
+            f"> 2); Spearman's rho(purity of phi - theta, accuracy) {shown(purity, 1, 2)}, "
+            f"{models} (rule: < 0.5)",
             f"C2: {verdict}. rho(purity at the last stage) - rho(purity of phi - theta) "
             f"{shown(last, 1, 2)}, {models} (rule: > 0); rise of 10-NN in the second half of the "
             f"baseline's blocks - half of the rise {late} points over {images} (rule: > 0)"]
@@ -840,17 +833,15 @@ def factorial_tables(found: dict) -> list[str]:
 
 
 def heading(sweep: Sweep, runs: list[dict], images: str, missing: list[str], failed: dict) -> str:
-    seeds, hardware = sweep.seeds, set()
-    for r in runs:
-        plural = "s" if r["threads"] > 1 else ""
-        hardware.add(f"{r['device']}, {r['threads']} thread{plural} a run, torch "
-                     f"{r['versions']['torch']}")
-    line = (f"Lanes: {len({r['lane'] for r in runs})}; {len(seeds)} seed{'s' * (len(seeds) > 1)} "
+    seeds, lanes, plural = sweep.seeds, {r["lane"] for r in runs}, "s" * (sweep.threads > 1)
+    hardware = {f"{r['device']}, {r['threads']} thread{plural} a run, torch "
+                f"{r['versions']['torch']}" for r in runs}
+    line = (f"Lanes: {len(lanes)}; {len(seeds)} seed{'s' * (len(seeds) > 1)} "
             f"({', '.join(map(str, seeds))}); runs: {len(runs)}; {len(runs[0]['right'])} {images}; "
             f"{'; '.join(sorted(hardware))}.")
     if missing:
-        named = ", ".join(missing) if len(missing) < 10 else f"{len(missing)} runs, named in report.json"
-        line += f" Not finished: {named}."
+        many = f"{len(missing)} runs, named in report.json"
+        line += f" Not finished: {many if len(missing) >= 10 else ', '.join(missing)}."
     return "\n".join([line, *(f"Failed: {lane}, seed {seed}: {words}."
                               for (lane, seed), words in failed.items())])
 
@@ -873,7 +864,8 @@ def write_report(sweep: Sweep, failed: dict) -> bool:
     for name, (draw, _) in FIGURES.items():
         (sweep.folder / name).unlink(missing_ok=True)          # an earlier report's
         drawn += [name] if draw(sweep.folder / name, report, images) else []
-    lines, estimate = all_claims(report, images), ", an estimate over drawn pixels" * (base.fraction < 1)
+    lines = all_claims(report, images)
+    estimate = ", an estimate over drawn pixels" if base.fraction < 1 else ""
     columns = COLUMNS.format(images=images, estimate=estimate)
     text = [f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
             f"`{sweep.whole_command()}`", heading(sweep, runs, images, missing, failed),

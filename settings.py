@@ -119,9 +119,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parser() -> Parser:
+def parser(description: str = "") -> Parser:
     """All flags. What is not given is absent from the result, so that recipes fill it in."""
-    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    p = Parser(prog="train.py", description=description, allow_abbrev=False,
                argument_default=argparse.SUPPRESS)
     special = {"digits": DIGITS, "64 pixels and more": HIGH_RESOLUTION}
     for title, flags in FLAGS.items():
@@ -173,7 +173,10 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
     if saved is None:
         saved = recipe(**{key: explicit[key] for key in ("dataset", "size") if key in explicit})
         if "init_from" in explicit:
-            core = read_checkpoint(explicit["init_from"])["args"]
+            content = read_checkpoint(explicit["init_from"])
+            if content["method"] != "mwt":
+                raise InputError(f"--init-from {explicit['init_from']}: not made by train.py")
+            core = RECIPE | content["args"]
             taken = [*CORE, "val"] if core["dataset"] == saved["dataset"] else CORE    # held out
             saved |= {key: core[key] for key in taken}
             for key in taken:

@@ -362,6 +362,8 @@ class Run:
 
     def pause(self):
         """Between steps: saves when it is time, and ends when asked to."""
+        if self.caught and not self.args.out:
+            raise Stop(128 + self.caught[0], "stopped")
         if self.caught and RANK == 0:
             self.save()
             raise Stop(128 + self.caught[0], f"stopped and saved at epoch {self.epoch + 1}, step "
@@ -532,7 +534,8 @@ def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
                         args.reader_depth, args.head_dim, args.mlp_ratio, scale).to(tokens.device)
     fits = Fits(tokens, labels, torch.zeros(len(labels), device=tokens.device))
-    in_memory = argparse.Namespace(**vars(args) | {"out": None, "compile": False})
+    in_memory = argparse.Namespace(**vars(args) | {
+        "out": None, "compile": False, "batch_size": min(args.batch_size, len(labels))})
     train(in_memory, nn.ModuleDict({"reader": reader}), reader_task(reader, fits))
     return reader.eval()
 
@@ -674,7 +677,7 @@ def run(explicit: dict):
 def main(argv: list[str] | None = None):
     try:
         with exits("train.py"):
-            run(vars(parser().parse_args(argv)))
+            run(vars(parser(__doc__.split("\n\n")[0]).parse_args(argv)))
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
