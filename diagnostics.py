@@ -151,9 +151,9 @@ def report_row(found: dict, labels: Tensor) -> dict:
     return row | {"d": found["d"], "fisher": fisher}
 
 
-# Scaled to length one or per weight a probe, which standardises, would find nothing new.
+# A probe standardises and is linear: scaled or mapped linearly, it would find nothing new.
 UNPROBED = ("standardised per weight", "cosine of phi - theta", "cosine of phi",
-            "cosine of phi - theta + beta")
+            "cosine of phi - theta + beta", "after the reader's input map")
 NO_GEOMETRY = ("pixels", "after the reader's input map")       # of the weights
 GEOMETRY = {"knn1": "1-NN", "knn10": "10-NN", "nearest_mean": "nearest mean"}
 

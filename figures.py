@@ -49,7 +49,8 @@ def note(axis, text: str):
 
 
 def label(axis, title: str, x: str, y: str = "", legend: bool = False):
-    axis.set_title(textwrap.fill(title, 54), fontsize=10)
+    title = "\n".join(textwrap.fill(line, 62) for line in title.split("\n"))
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
     axis.tick_params(labelsize=8)
@@ -73,7 +74,7 @@ def whiskers(intervals: list, factor: float):
 
 
 def place_axis(axis, places: list):
-    """Places from left to right; slanted where they are words."""
+    """Places, slanted where they are words."""
     words = {"rotation": 50, "ha": "right", "rotation_mode": "anchor"}
     slant = words if any(isinstance(place, str) for place in places) else {}
     axis.set_xticks(range(len(places)), places, **slant)
@@ -102,7 +103,7 @@ def curves(axis, points: list[tuple], factor: float = 1):
 
 
 def name_axis(axis, names: list[str]):
-    """A list of names, the first on top."""
+    """Names from the top down."""
     axis.set_yticks(range(len(names)), [textwrap.fill(name, 38) for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
 
@@ -202,30 +203,30 @@ def geometry(axis, result: dict):
     axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12)
     axis.axvline(100 * result["reader"], color="black", label="trained reader (band: 95%)")
     name_axis(axis, [row["coordinate"] for row in rows])
-    label(axis, "Do the weights cluster by class? reader - best geometry, points: "
+    label(axis, "Do the weights cluster by class?\nreader - best geometry "
           f"{span(result['gap'], 100)}: C1 {result['verdict']}", accuracy(result))
     axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13))
 
 
 def accuracy_by_stage(axis, result: dict, view: str):
     """view: "pooled" (the mean token) or "flattened"."""
-    series, title = [], "All tokens, flattened"
+    series, title = [], "All tokens, flattened (lines as for the mean token)"
     for key, style, name in (("knn10", "C0o", "10-NN"), ("probe", "C1^", "linear probe")):
         series += [(f"{view}_{key}", style + "-", name),
                    (f"untrained_{view}_{key}", style + ":", f"{name}, untrained reader")]
     if view == "pooled":
         series.append(("logit_lens", "C4s--", "head applied early"))
-        title = ("Where do classes come apart? Mean token; late rise - half, points: "
+        title = ("Where do classes come apart? (mean token)\nlate rise - half "
                  f"{span(result.get('late_minus_half'), 100)}: C2 {result['verdict']}")
     lines(axis, result["rows"], series)
     axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")
-    label(axis, title, "stage", accuracy(result), True)
+    label(axis, title, "stage", accuracy(result), view == "pooled")
 
 
 def purity_tells(axis, result: dict):
     curves(axis, [("", row["stage"], row["auroc"]) for row in result["rows"] if row["auroc"]])
-    label(axis, "Does the purity of an image's neighbours (mean token) tell whether it is read "
-          "right?", "stage", "AUROC (0.5: chance; bars: 95%)")
+    label(axis, "Does the purity of an image's neighbours\ntell whether it is read right?",
+          "stage", "AUROC of the mean token (0.5: chance; bars: 95%)")
 
 
 def banks_by_stage(axis, result: dict):
@@ -236,15 +237,15 @@ def banks_by_stage(axis, result: dict):
 
 
 def knocked_out(axis, result: dict, where: str):
-    """where: "alone" or "from here on"."""
     curves(axis, [(row["replaced"], row["block"], row["loss"]) for row in result["knock_outs"]
                   if row["span"] == where], 100)
     axis.axhline(0, color="black", linewidth=0.8)
-    label(axis, f"A block's attention or MLP replaced, {where}", "block", LOSS, True)
+    blocks = "one block" if where == "alone" else "this block and all later"
+    label(axis, f"Attention or MLP replaced in {blocks}", "block", LOSS, True)
 
 
 def exchanged(axis, result: dict, groups: tuple):
-    """Rows of these groups; without "replaced" the bias column by another image's alone."""
+    """Rows of these groups; without "replaced" the bias column exchanged alone."""
     styles = {"replaced": ("bias column: ", "C0o"), "kept": ("kept: ", "C2^"),
               "control": ("other: ", "C1s")}
     rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
@@ -257,12 +258,12 @@ def exchanged(axis, result: dict, groups: tuple):
         name = f"other: largest of {len(losses)} single columns"
         rows.append((name, (max(losses), None, None), "C1s"))
     dots(axis, rows)
-    label(axis, "Is the bias column a route of its own? loss - strongest other's, points: "
+    label(axis, "Is the bias column a route of its own?\nits loss - strongest other's "
           f"{span(result['margin'], 100)}: C3 {result['verdict']}", LOSS)
 
 
 def cut_to_rank(axis, result: dict):
-    """Loss against the principal components kept of each part."""
+    """Loss against the components kept of each part."""
     rows = [row for row in result["rows"] if row["group"] == "rank" or (
         row["group"] == "low-rank control" and "for the bias" not in row["name"])]
     rows.sort(key=lambda row: row["rank"])
@@ -290,7 +291,7 @@ def facts_of_parts(axis, regressions: dict):
 
 
 def mediated(axis, result: dict, donors: tuple):
-    """Loss with the mean colour of another image, and with one part alone following it."""
+    """Loss with another image's mean colour in all parts, or in one alone."""
     found = [m for m in result.get("mediation") or [] if m["donors"] in donors]
     if not found:
         note(axis, "mean colour: not exchanged")
@@ -302,7 +303,7 @@ def mediated(axis, result: dict, donors: tuple):
                   "C0o" if name == "bias column" else "C1s") for name, part in m["parts"].items()]
     dots(axis, rows)
     share = found[0]["parts"].get("bias column", {}).get("share")
-    label(axis, "Mean colour of an image of another or the same class, put into one part alone; "
+    label(axis, "Mean colour exchanged, one part alone following it\n"
           f"share of the bias column {span(share, 1, 2)}", LOSS)
 
 
@@ -368,9 +369,9 @@ def models_figure(path: Path, result: dict):
     if stages:
         curves(axes[1], [("", name, interval) for name, interval in stages["spearman"].items()
                          if name != "last - first"])
-        label(axes[1], f"{result['models']} models of one architecture in {stages['settings']} "
-              "settings; from 5 on bars: 95%", "stage (mean token)",
-              "Spearman's rho of purity and accuracy")
+        label(axes[1], f"{result['models']} models of one architecture\n{stages['settings']} "
+              "settings (below 5: no bars)", "stage (mean token)",
+              "Spearman's rho of purity and accuracy (bars: 95%)")
     figure.savefig(path)
 
 
@@ -433,7 +434,7 @@ def factorial_figure(path: Path, report: dict, images: str) -> bool:
                      "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
                     for name, interval in found["accuracy"].items()])
         over = f"{found['seeds']} seeds" if found["seeds"] > 1 else f"{images}, one seed"
-        label(axis, "Do gains add up? circle: main effect of a factor; square: interaction; "
+        label(axis, "Do gains add up? circle: main effect; square: interaction;\n"
               "diamond: measured - (baseline + single gains)",
               f"accuracy (points; bars: 95%, over {over})")
         figure.savefig(path)
