@@ -30,7 +30,7 @@ def canvas(rows: int, columns: int, width: float, height: float, **more):
 
 
 def panels(draws: list[tuple]) -> Figure:
-    """Two columns, a panel for each (function of an axis, its other arguments)."""
+    """A panel for each (function of an axis, its other arguments)."""
     draws = draws or [(note, "nothing was measured")]
     columns = min(2, len(draws))
     rows = math.ceil(len(draws) / columns)
@@ -43,7 +43,7 @@ def panels(draws: list[tuple]) -> Figure:
 
 
 def note(axis, text: str):
-    """One line in place of a panel."""
+    """Text in place of a panel."""
     axis.axis("off")
     axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", fontsize=9)
 
@@ -266,11 +266,13 @@ def cut_to_rank(axis, result: dict):
     """Loss against the components kept of each part."""
     rows = [row for row in result["rows"] if row["group"] == "rank" or (
         row["group"] == "low-rank control" and "for the bias" not in row["name"])]
+    if not rows:
+        return note(axis, "no part was cut to a lower rank")
     rows.sort(key=lambda row: row["rank"])
     curves(axis, [(row.get("part", "bias column"), row["rank"], row["loss"]) for row in rows], 100)
     axis.axhline(0, color="black", linewidth=0.8)
     label(axis, "A part cut to rank r, all else of the token untouched",
-          "principal components kept, r", LOSS, bool(rows))
+          "principal components kept, r", LOSS, True)
 
 
 def facts_of_parts(axis, regressions: dict):
@@ -294,8 +296,7 @@ def mediated(axis, result: dict, donors: tuple):
     """Loss with another image's mean colour in all parts, or in one alone."""
     found = [m for m in result.get("mediation") or [] if m["donors"] in donors]
     if not found:
-        note(axis, "mean colour: not exchanged")
-        return
+        return note(axis, "mean colour: not exchanged")
     rows = []
     for m in found:
         rows.append((f"{m['donors']} class: all parts", m["total"], "kD"))
@@ -315,7 +316,7 @@ def clustering_figure(path: Path, result: dict):
 
 def flow_figure(path: Path, result: dict):
     draws = [(accuracy_by_stage, result, view) for view in result["views"]]
-    if any(row["auroc"] for row in result["rows"]):        # none where all images are read right
+    if any(row["auroc"] for row in result["rows"]):
         draws.append((purity_tells, result))
     draws.append((banks_by_stage, result))
     if result.get("knock_outs"):
@@ -353,7 +354,7 @@ def summary_figure(path: Path, model: dict):
 # ---- Several models; a sweep's figures return whether there was anything to draw -----------------
 
 def models_figure(path: Path, result: dict):
-    """Purity of the weights against accuracy, and which stage's purity goes with accuracy."""
+    """Purity against accuracy, and which stage's purity goes with accuracy."""
     stages = result["correlations"].get("stage purity")
     figure, axes = canvas(1, 1 + bool(stages), 7 + 6 * bool(stages), 4.8)
     architectures = [each["architecture"] for each in result["points"]]
@@ -376,7 +377,7 @@ def models_figure(path: Path, result: dict):
 
 
 def purity_points(axis, points: list[tuple]):
-    """Points (name, purity, reader accuracy, filled); the two are (mean, sd), sd may be None."""
+    """Points (name, purity, accuracy, filled); the two are (mean, sd), sd may be None."""
     names = [name for name, *_ in points]
     for i, (name, (x, x_sd), (y, y_sd), filled) in enumerate(points):
         k = list(dict.fromkeys(names)).index(name)      # nine markers, ten colours: no two alike
@@ -426,7 +427,7 @@ def clusters_figure(path: Path, report: dict, images: str) -> bool:
 
 
 def factorial_figure(path: Path, report: dict, images: str) -> bool:
-    """Effects of route, bias and dense alone and together."""
+    """Route, bias and dense, alone and together."""
     found = report["factorial"]
     if found:
         figure, (axis,) = canvas(1, 1, 8, 4.4)

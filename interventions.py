@@ -177,12 +177,11 @@ class Sweep:
 
     def __init__(self, folder: Path, mark: dict):
         self.folder, self.threads, self.facts = folder, mark["threads"], mark["facts"]
-        self.base = argparse.Namespace(**mark["settings"])
         self.cover(mark)
 
     def cover(self, mark: dict):
-        first = mark["settings"]["seed"]
-        self.lanes, self.seeds = mark["lanes"], list(range(first, first + mark["seeds"]))
+        self.base, self.lanes = argparse.Namespace(**mark["settings"]), mark["lanes"]
+        self.seeds = list(range(self.base.seed, self.base.seed + mark["seeds"]))
 
     @functools.cached_property
     def depth(self) -> int:
