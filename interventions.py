@@ -330,11 +330,11 @@ def stale(args) -> bool:
     """Whether the run's claim may be taken over."""
     try:
         pid, _, host = claim_path(args).read_text().partition(" ")
-        if host == platform.node() and not alive(int(pid)):
+        if host == platform.node() and pid.isdecimal() and not alive(int(pid)):
             return True
         files = [path for path in (claim_path(args), Path(args.out)) if path.exists()]
         last = max(path.stat().st_mtime for path in files)
-    except (FileNotFoundError, ValueError):    # just released, or just being written
+    except FileNotFoundError:                  # just released
         return False
     return time.time() - last > 60 * max(SILENT_MINUTES, 2 * args.save_minutes)
 
@@ -350,13 +350,16 @@ def claim(args) -> bool:
             return False
     write(claim_path(args), OWNER)
     time.sleep(0.2)                            # of several that take it over the last one has it
-    return claim_path(args).read_text() == OWNER
+    return owned(args)
+
+
+def owned(args) -> bool:
+    return claim_path(args).exists() and claim_path(args).read_text() == OWNER
 
 
 def release(args):
-    with contextlib.suppress(FileNotFoundError):
-        if claim_path(args).read_text() == OWNER:
-            claim_path(args).unlink()
+    if owned(args):
+        claim_path(args).unlink()
 
 
 def make(args) -> str:
@@ -373,7 +376,8 @@ def make(args) -> str:
             contextlib.redirect_stderr(f):
         try:
             train.main(flags)
-            claim_path(args).touch()
+            if owned(args):
+                claim_path(args).touch()       # not silent
             with exits("diagnosis"):
                 write_json(diagnosis_path(args), diagnose(args))
             return ""
@@ -408,7 +412,7 @@ def work(sweep: Sweep) -> tuple[dict, list[str]]:
     todo = [(lane, seed) for seed in sweep.seeds for lane in sweep.lanes
             if sweep.result(lane, seed) is None]
     torch.set_num_threads(sweep.threads)
-    with ended_by_signals(), tqdm(todo, "runs", disable=None) as bar:
+    with ended_by_signals(), tqdm(todo, "runs", unit="run", disable=None) as bar:
         for lane, seed in bar:
             bar.set_postfix_str(f"{lane}, seed {seed}")
             args, words = sweep.args(lane, seed), ""
