@@ -217,10 +217,11 @@ TRAINING = {name for name, *_ in FLAGS["training"]} | {"augment", "steps_test", 
 
 
 def key_of(training: dict, leave_out=()) -> str:
-    """The same for runs of the same settings; of --init-from only whether it was given."""
+    """The same for runs of the same settings; of --init-from only whether it was given. What is
+    None is left out: a flag that older runs did not have, or had and is gone."""
     flags = training | {"init_from": bool(training.get("init_from"))}
     return json.dumps({key: value for key, value in sorted(flags.items())
-                       if key not in FREE and key not in leave_out})
+                       if value is not None and key not in FREE and key not in leave_out})
 
 
 def run_of(content: dict) -> str:

@@ -196,7 +196,7 @@ def geometry(axis, result: dict):
     for key, marker, name in (("knn1", "d", "nearest neighbour"), ("knn10", "o", "10-NN"),
                               ("nearest_mean", "s", "nearest class mean"),
                               ("probe", "^", "linear probe")):
-        if key in rows[-1]:
+        if any(key in row for row in rows):
             x = [100 * row.get(key, math.nan) for row in rows]
             axis.plot(x, range(len(rows)), marker, markersize=5, label=name)
     low, high = result["reader_interval"]

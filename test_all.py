@@ -1539,6 +1539,16 @@ def test_figures_of_a_sweep_say_whether_they_drew():
     assert drawn(figures.models_figure, none["across"])
 
 
+def test_a_probe_that_few_coordinates_have_is_drawn():
+    rows = [{"coordinate": name, "knn1": 0.5, "knn10": 0.5, "nearest_mean": 0.5} for name in "ab"]
+    result = {"rows": [rows[0] | {"probe": 0.6}, rows[1]], "reader_interval": [0.6, 0.8], "reader": 0.7, "classes": 10,
+              "gap": GAP, "verdict": "refuted", "bank": 9, "test": 9}
+    for found, expected in ((result, True), (result | {"rows": rows}, False)):
+        _, (axis, *_) = figures.canvas(1, 1, 6, 4)
+        figures.geometry(axis, found)
+        assert ("linear probe" in axis.get_legend_handles_labels()[1]) == expected
+
+
 def test_figures_stand_alone():
     lines = Path(figures.__file__).read_text().splitlines()
     modules = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
