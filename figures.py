@@ -195,7 +195,7 @@ def geometry(axis, result: dict):
     rows = result["rows"]
     for key, marker, name in (("knn1", "d", "nearest neighbour"), ("knn10", "o", "10-NN"),
                               ("nearest_mean", "s", "nearest class mean"),
-                              ("probe", "^", "linear probe")):
+                              ("linear", "^", "linear probe"), ("mlp", "P", "MLP probe")):
         if any(key in row for row in rows):
             x = [100 * row.get(key, math.nan) for row in rows]
             axis.plot(x, range(len(rows)), marker, markersize=5, label=name)
@@ -203,22 +203,25 @@ def geometry(axis, result: dict):
     axis.axvspan(100 * low, 100 * high, color="black", alpha=0.12)
     axis.axvline(100 * result["reader"], color="black", label="trained reader (band: 95%)")
     name_axis(axis, [row["coordinate"] for row in rows])
-    label(axis, "Do the weights cluster by class?\nreader - best geometry "
-          f"{span(result['gap'], 100)}: C1 {result['verdict']}", accuracy(result))
+    gaps = [f"reader - {name} {span(result[letter]['gap'], 100)}" for letter, name in
+            (("G", "best geometry"), ("L", "best classifier")) if letter in result]
+    label(axis, "Do the weights cluster by class?\n" + "; ".join(gaps), accuracy(result))
     axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.13))
 
 
 def accuracy_by_stage(axis, result: dict, view: str):
     """view: "pooled" (the mean token) or "flattened"."""
-    series, title = [], "All tokens, flattened (lines as for the mean token)"
-    for key, style, name in (("knn10", "C0o", "10-NN"), ("probe", "C1^", "linear probe")):
-        series += [(f"{view}_{key}", style + "-", name),
-                   (f"untrained_{view}_{key}", style + ":", f"{name}, untrained reader")]
+    series = [(f"{view}_knn10", "C0o-", "10-NN"),
+              (f"untrained_{view}_knn10", "C0o:", "10-NN, untrained readers")]
+    title = {"pooled": "Where do classes come apart? (mean token)",
+             "flattened": "All tokens flattened"}[view]
     if view == "pooled":
-        series.append(("logit_lens", "C4s--", "head applied early"))
-        title = ("Where do classes come apart? (mean token)\nlate rise - half "
-                 f"{span(result.get('late_minus_half'), 100)}: C2 {result['verdict']}")
-    lines(axis, result["rows"], series)
+        series += [("pooled_linear", "C1^-", "linear probe"),
+                   ("logit_lens", "C4s--", "head applied early")]
+    if view in result.get("views", {}):
+        late = result["views"][view]["late_less_early"]
+        title += f"\nlate - early rise {span(late, 100)} points"
+    lines(axis, [row for row in result["rows"] if f"{view}_knn10" in row], series)
     axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")
     label(axis, title, "stage", accuracy(result), view == "pooled")
 
@@ -247,48 +250,43 @@ def knocked_out(axis, result: dict, where: str):
 def exchanged(axis, result: dict, groups: tuple):
     """Rows of these groups; without "replaced" the bias column exchanged alone."""
     styles = {"replaced": ("bias column: ", "C0o"), "kept": ("kept: ", "C2^"),
-              "control": ("other: ", "C1s")}
+              "control": ("same size: ", "C1s"), "route": ("another route: ", "C7d")}
     rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
     for row in result["rows"]:
-        # All but the bias column is kept where its mean replaces it: one row for both.
-        if row["group"] in groups and row["name"] != "all but the bias column":
+        if row["group"] in groups:
             prefix, style = styles[row["group"]]
             rows.append((prefix + row["name"], row["loss"], style))
-    if losses := result["single_columns"]["losses"].values():
-        name = f"other: largest of {len(losses)} single columns"
-        rows.append((name, (max(losses), None, None), "C1s"))
+    single = result["single_columns"]
+    rows.append((f"another route: most expensive of {single['columns']} columns",
+                 single["largest"], "C7d"))
     dots(axis, rows)
-    label(axis, "Is the bias column a route of its own?\nits loss - strongest other's "
-          f"{span(result['margin'], 100)}: C3 {result['verdict']}", LOSS)
+    margins = [f"{name} {span(control['margin'], 100)}"
+               for name, control in result["controls"].items()]
+    label(axis, "Is the bias column a route beyond its size?\nits loss - that of "
+          + ("; ".join(margins) or "nothing: no control of its size"), LOSS)
 
 
 def cut_to_rank(axis, result: dict):
-    """Loss against the components kept of each part."""
-    rows = [row for row in result["rows"] if row["group"] == "rank" or (
-        row["group"] == "low-rank control" and "for the bias" not in row["name"])]
-    if not rows:
-        return note(axis, "no part was cut to a lower rank")
-    rows.sort(key=lambda row: row["rank"])
-    curves(axis, [(row.get("part", "bias column"), row["rank"], row["loss"]) for row in rows], 100)
+    """Loss against the components kept of the bias column."""
+    curves(axis, [("", row["rank"], row["loss"]) for row in result["rows"]
+                  if row["group"] == "rank"], 100)
     axis.axhline(0, color="black", linewidth=0.8)
-    label(axis, "A part cut to rank r, all else of the token untouched",
-          "principal components kept, r", LOSS, True)
+    label(axis, "The bias column cut to rank r, all else of the token untouched\neffective rank "
+          f"{result['effective_rank']:.1f}", "principal components kept, r", LOSS)
 
 
-def facts_of_parts(axis, regressions: dict):
+def facts_of_parts(axis, told: dict):
     """R^2 of each fact from four components of each part, or from as many as there are."""
-    tables = [found["to_facts"].get("4") or list(found["to_facts"].values())[-1]
-              for found in regressions.values()]
+    tables = [found.get("4") or list(found.values())[-1] for found in told.values()]
     facts = list(tables[0])
-    r2 = np.array([[table[fact][0] if table.get(fact) else math.nan for table in tables]
-                   for fact in facts])                                        # (facts, parts)
+    r2 = np.array([[table[fact] for table in tables] for fact in facts], dtype=float)
     axis.imshow(r2.clip(0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(r2):
         axis.text(j, i, "none" if math.isnan(value) else f"{value:.2f}", ha="center", va="center",
                   fontsize=8, color="white" if value > 0.6 else "black")
     axis.set_title("What does a part carry? R² on test images, 4 components of it", fontsize=10)
     axis.tick_params(labelsize=8)
-    axis.set_xticks(range(len(tables)), [textwrap.fill(name, 13) for name in regressions])
+    axis.set_xticks(range(len(tables)), [textwrap.fill(name, 13) for name in told])
     axis.set_yticks(range(len(facts)), facts)
 
 
@@ -315,7 +313,9 @@ def clustering_figure(path: Path, result: dict):
 
 
 def flow_figure(path: Path, result: dict):
-    draws = [(accuracy_by_stage, result, view) for view in result["views"]]
+    views = [view for view in ("pooled", "flattened")
+             if any(f"{view}_knn10" in row for row in result["rows"])]
+    draws = [(accuracy_by_stage, result, view) for view in views]
     if any(row["auroc"] for row in result["rows"]):
         draws.append((purity_tells, result))
     draws.append((banks_by_stage, result))
@@ -326,14 +326,14 @@ def flow_figure(path: Path, result: dict):
 
 def bias_figure(path: Path, result: dict):
     figure, (left, right) = canvas(1, 2, 13, 7)
-    exchanged(left, result, ("replaced", "kept", "control"))
+    exchanged(left, result, ("replaced", "kept", "control", "route"))
     cut_to_rank(right, result)
     figure.savefig(path)
 
 
 def content_figure(path: Path, result: dict):
     figure, (left, right) = canvas(1, 2, 13, 6.4)
-    facts_of_parts(left, result["regressions"])
+    facts_of_parts(left, result["told"])
     mediated(right, result, ("other", "same"))
     figure.savefig(path)
 
@@ -341,7 +341,7 @@ def content_figure(path: Path, result: dict):
 def summary_figure(path: Path, model: dict):
     """A panel of each experiment that was run."""
     chosen = {"clustering": (geometry,), "token-flow": (accuracy_by_stage, "pooled"),
-              "bias-route": (exchanged, ("control",)), "content": (mediated, ("other",))}
+              "bias-route": (exchanged, ("control", "route")), "content": (mediated, ("other",))}
     done = model["experiments"]
     figure = panels([(draw, done[name], *arguments)
                      for name, (draw, *arguments) in chosen.items() if name in done])
@@ -355,22 +355,21 @@ def summary_figure(path: Path, model: dict):
 
 def models_figure(path: Path, result: dict):
     """Purity against accuracy, and which stage's purity goes with accuracy."""
-    stages = result["correlations"].get("stage purity")
-    figure, axes = canvas(1, 1 + bool(stages), 7 + 6 * bool(stages), 4.8)
+    rho = result["correlations"]
+    figure, axes = canvas(1, 1 + bool(rho), 7 + 6 * bool(rho), 4.8)
     architectures = [each["architecture"] for each in result["points"]]
     most = max(architectures, key=architectures.count)
     purity_points(axes[0], [
-        (each.get("label") or f"w_task {each['w_task']:g}", (each["purity"], None),
-         (each["reader"], None), each["architecture"] == most)
+        (each["label"], (each["purity"], None), (each["reader"], None),
+         each["architecture"] == most)
         for each in result["points"] if "purity" in each])
     label(axes[0], "A point is a model; hollow: another architecture", PURITY,
           "reader accuracy (%)")
     if axes[0].containers:
         axes[0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    if stages:
-        curves(axes[1], [("", name, interval) for name, interval in stages["spearman"].items()
-                         if name != "last - first"])
-        label(axes[1], f"{result['models']} models of one architecture\n{stages['settings']} "
+    if rho:
+        curves(axes[1], [("", name, interval) for name, interval in rho.items()])
+        label(axes[1], f"{result['models']} models of one architecture\n{result['settings']} "
               "settings (below 5: no bars)", "stage (mean token)",
               "Spearman's rho of purity and accuracy (bars: 95%)")
     figure.savefig(path)
@@ -444,7 +443,7 @@ def factorial_figure(path: Path, report: dict, images: str) -> bool:
 
 def population_figure(path: Path, report: dict, images: str) -> bool:
     """`models_figure` of all runs of the sweep."""
-    there = any(report["across"]["correlations"].values())
+    there = bool(report["across"]["correlations"])
     if there:
         models_figure(path, report["across"])
     return there
