@@ -137,7 +137,7 @@ def as_flags(values: dict) -> list[str]:
             for key, value in values.items() if value is not None and value is not False]
 
 
-def recipe(dataset: str = "digits", size: int | None = None) -> dict:
+def recipe(dataset: str, size: int | None) -> dict:
     """All settings where no flag says otherwise."""
     size = size or SIZE.get(dataset, 32)
     special = (DIGITS if dataset == "digits" else {}) | (HIGH_RESOLUTION if size >= 64 else {})
@@ -158,7 +158,7 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
     """Explicit flags over a saved run's, or over the data set's recipe (and what --init-from
     brings). InputError: flags that do not go together."""
     if saved is None:
-        saved = recipe(**{key: explicit[key] for key in ("dataset", "size") if key in explicit})
+        saved = recipe(explicit.get("dataset", "digits"), explicit.get("size"))
         if path := explicit.get("init_from"):
             content = read_checkpoint(path)
             core = RECIPE | content["args"]
@@ -242,7 +242,8 @@ def open_run(explicit: dict) -> tuple[argparse.Namespace, dict | None]:
         saved = content["args"]
         if evaluates:
             free = FREE | {"dataset", "test_size", "steps_test", "fraction", "precision"}
-            free |= {"val"} if not explicit.get("val") else set()
+            if not explicit.get("val"):        # a share could have been trained on
+                free.add("val")
         elif "progress" in content:            # the same global batch, on any number of processes
             batch = content["progress"]["global_batch"]
             if batch % WORLD:
@@ -250,8 +251,7 @@ def open_run(explicit: dict) -> tuple[argparse.Namespace, dict | None]:
                                  f"{WORLD} processes")
             saved["batch_size"] = batch // WORLD
         check_changes(explicit, saved, path, free)
-        if evaluates:
-            saved = saved | {"device": "auto", "compile": False, "out": None}
+        saved = saved | ({"device": "auto", "compile": False, "out": None} if evaluates else {})
     args = settings(explicit, saved)
     if RANK == 0 and args.out is not None:
         check_output(args)

@@ -78,8 +78,8 @@ class MWT(nn.Module):
 
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
         """What `draws` looks at images (N, C, size, size) see: coords (draws, [N,] n, 2), values
-        (draws, N, n, C). Where a fraction is drawn: for each image anew from the generator; without
-        one, in evaluation, always the same pixels of all images."""
+        (draws, N, n, C). A fraction is drawn for each image anew from the generator; without one,
+        in evaluation, always the same for all images."""
         values, pixels = images.flatten(2).mT, None                            # (N, P, C)
         if self.fraction < 1:
             g = generator_ or generator("evaluation", device=images.device)
@@ -131,7 +131,7 @@ class MWT(nn.Module):
             cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), labels)
         return statistics(logits, labels, error, cluster)
 
-    # What diagnostics.py asks of a method, all of it in evaluation: no gradients.
+    # What diagnostics.py asks of a method, without gradients.
 
     def adapt(self, images: Tensor, steps: int | None = None) -> Weights:
         """phi of images (N, C, size, size) after `steps` (default k) steps."""
@@ -215,10 +215,9 @@ def from_checkpoint(content: dict, device="cpu") -> MWT:
 
 @torch.no_grad()
 def fitted(model: MWT, images, order, steps: int, workers: int):
-    """Yields (row numbers, labels, values seen, tokens, error) of `images`, a `data.Images`, for
-    each tensor of row numbers in `order`, all at once."""
-    batches = images.batches(order, model.coords.device, workers)
-    for rows, (pixels, labels) in zip(order, batches):
+    """Yields (row numbers, labels, values seen, tokens, error) for each tensor of row numbers in
+    `order`, of `images`, a `data.Images`."""
+    for rows, (pixels, labels) in zip(order, images.batches(order, model.coords.device, workers)):
         coords, values = model.look(images.signal(pixels), steps + 1)
         phi, error = model.fit_and_error(coords, values, clamp=True)
         yield rows, labels, values, model.tokens(phi), error
@@ -229,9 +228,9 @@ def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambd
     """Accuracy with its interval and mean PSNR (dB) over `images`, shared by all processes; poll()
     is called between batches."""
     order = torch.arange(len(images))[RANK::WORLD].split(model.block_size)
+    steps = steps or model.inner_loop.steps
     right, decibels = sums = torch.zeros(2, len(images), device=model.coords.device)
-    for rows, labels, values, tokens, error in fitted(
-            model, images, order, steps or model.inner_loop.steps, workers):
+    for rows, labels, values, tokens, error in fitted(model, images, order, steps, workers):
         poll()
         right[rows] = (model.logits(tokens, values).argmax(-1) == labels).to(right.dtype)
         decibels[rows] = psnr(error).to(right.dtype)
@@ -342,21 +341,22 @@ class Run:
         """Writes a checkpoint, unless the weights are spoilt. The first process does it alone: at
         any of its steps it holds the state of all."""
         out, done, bad = self.args.out, self.epoch * self.steps + self.step, int(self.bad)
-        finite = [bool(torch.isfinite(p).all()) for p in self.model.parameters()]
-        finite.append(math.isfinite(self.metrics.get("test_psnr", 0.0)))
-        if bad >= 0 or not all(finite):
-            bad = bad if bad >= 0 else done - 1                # the last step spoilt the weights
+        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        if bad < 0 and not (finite and math.isfinite(self.metrics.get("test_psnr", 0.0))):
+            bad = done - 1                                     # the last step spoilt the weights
+        if bad >= 0:
             kept = f"{out} is the last good" if out and os.path.exists(out) else "there is no"
-            raise Stop(1, f"the loss or its gradient is not finite at epoch {bad // self.steps + 1}"
-                          f", step {bad % self.steps + 1}; {kept} checkpoint")
+            epoch, step = divmod(bad, self.steps)
+            raise Stop(1, f"the loss or its gradient is not finite at epoch {epoch + 1}, step "
+                          f"{step + 1}; {kept} checkpoint")
         content = {"method": "mwt", "args": vars(self.args), "data": self.facts,
                    "metrics": self.metrics, "model": self.model.state_dict()}
         if self.epoch < self.args.epochs:
             content["optimizer"] = self.optimizer.state_dict()
             content["scheduler"] = self.scheduler.state_dict()
             content["progress"] = {
-                "epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
-                "global_batch": self.batch, "waited": self.waited,
+                "epoch": self.epoch, "step": self.step, "global_batch": self.batch,
+                "sums": self.sums.cpu(), "waited": self.waited,
                 "seconds": time.monotonic() - self.began}
         if RANK == 0 and out:
             save_checkpoint(out, content)
@@ -427,10 +427,8 @@ def image_task(args, model: MWT, images, test) -> Task:
 
 def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -> dict:
     """Trains to the last epoch, writing args.out as it goes (None: nothing); returns the metrics.
-
     content: a checkpoint to go on from. Stop: interrupted (after saving), or a loss that is not
-    finite (without). InputError: an image that cannot be decoded (after saving).
-    """
+    finite (without). InputError: an image that cannot be decoded (after saving)."""
     run, forward = Run(args, model, task.examples, facts, content), None
     compiles = args.compile or args.compile is None and run.device.type == "cuda"
     with signals(run.caught):
@@ -465,12 +463,12 @@ def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -
 @contextlib.contextmanager
 def signals(caught: list):
     """Ctrl-C and SIGTERM are noted, to be acted on between two steps."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda n, _: caught.append(n)) for n in numbers]
+    before = {n: signal.signal(n, lambda n, _: caught.append(n))
+              for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for n, handler in zip(numbers, before):
+        for n, handler in before.items():
             signal.signal(n, handler)
 
 
@@ -485,10 +483,10 @@ class Fits(NamedTuple):
 
 def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
     """All of a `data.Images`, fitted by so many inner steps."""
-    order = tqdm(torch.arange(len(images)).split(model.block_size), "fitting", leave=False,
-                 disable=None)
-    parts = [(tokens, labels, error) for _, labels, _, tokens, error
-             in fitted(model, images, order, steps, workers)]
+    order = torch.arange(len(images)).split(model.block_size)
+    blocks = tqdm(fitted(model, images, order, steps, workers), "fitting", len(order), leave=False,
+                  disable=None)
+    parts = [(tokens, labels, error) for _, labels, _, tokens, error in blocks]
     return Fits(*map(torch.cat, zip(*parts)))
 
 
@@ -514,9 +512,8 @@ def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
 
 
 def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
-    """A new reader trained on fixed tokens (n, T, D) and labels (n,), with args' reader (width,
-    reader_depth, head_dim, mlp_ratio) and recipe (epochs, batch_size, lr, weight_decay, seed). Its
-    token scale makes the training tokens' root mean square 1. Writes nothing."""
+    """A new reader trained on fixed tokens (n, T, D) and labels (n,), its size and recipe as args
+    say, its token scale such that these tokens' root mean square is 1. Writes nothing."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
@@ -534,11 +531,10 @@ def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
 def pictures(model: MWT, test, steps: int) -> dict:
     """A few test images, and what the weights show of them after each inner step."""
     rows = torch.linspace(0, len(test) - 1, min(4, len(test))).long()
-    (images, labels), = test.batches([rows], model.coords.device)
-    images = test.signal(images)
+    images = test.signal(next(test.batches([rows], model.coords.device))[0])   # (n, C, h, w)
     stages = torch.linspace(0, steps, min(steps, 7) + 1).round().int().tolist()
     shown = torch.stack([model.reconstruct(images, j) for j in stages])        # (stages, n, ...)
-    (_, _, values, tokens, _), = fitted(model, test, [rows], steps, 0)
+    _, labels, values, tokens, _ = next(fitted(model, test, [rows], steps, 0))
     guess = model.logits(tokens, values).argmax(-1)
     return {"stages": stages, "images": images.cpu().numpy(), "shown": shown.cpu().numpy(),
             "psnr": psnr((shown - images).square().mean((2, 3, 4))).tolist(),  # (stages, n)
@@ -642,7 +638,7 @@ def main(argv: list[str] | None = None):
         with exits("train.py"):
             run(vars(parser(__doc__.split("\n\n")[0]).parse_args(argv)))
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if WORLD > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
