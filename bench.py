@@ -10,7 +10,6 @@ Prints a table and writes its numbers to --out, *.json. Three ways (--no-compile
     B  the textbook: autograd through autograd, two backward passes; always eager
     C  inner gradients by torch.func.grad, one backward pass
 """
-import argparse
 import copy
 import itertools
 import json
@@ -200,11 +199,11 @@ def compare_paths(runs: list[dict]) -> tuple[dict, list[str]]:
         lines.append(f"ratio {path}/A {mean(each):.2f} (of two turns {min(each):.2f} and "
                      f"{max(each):.2f})")
     peak, phases = first["matrix_peak_tflops"], first["phases_ms"].items()
-    return {"ratios": ratios}, lines + [
-        f"A: {first['flops'] / 1e9:.1f} GFLOP a step, at {tflops(first) / peak:.0%} of the matrix "
-        f"peak, {peak:.3f} TFLOP/s here",
-        "an eager step: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases),
-        f"evaluation: {first['evaluation_images_per_second']:.1f} images/s"]
+    lines += [f"A: {first['flops'] / 1e9:.1f} GFLOP a step, at {tflops(first) / peak:.0%} of the "
+              f"matrix peak, {peak:.3f} TFLOP/s here",
+              "an eager step: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases),
+              f"evaluation: {first['evaluation_images_per_second']:.1f} images/s"]
+    return {"ratios": ratios}, lines
 
 
 def decode_seconds(size: int) -> float:
@@ -233,8 +232,8 @@ def imagenet(args, step: dict) -> tuple[dict, list[str]]:
     for n in (1, 8, 64):
         hours[n] = training_hours(1_281_167, args.epochs, 1 / step["images_per_second"], decoding,
                                   n, args.workers)
-        lines.append(f"{n:4d} devices: {hours[n]:.3g} h, {60 * hours[n] / args.epochs:.3g} min an "
-                     "epoch")
+        minutes = 60 * hours[n] / args.epochs
+        lines.append(f"{n:4d} devices: {hours[n]:.3g} h, {minutes:.3g} min an epoch")
     return {"decode_seconds": decoding, "hours": hours}, lines
 
 
@@ -245,9 +244,12 @@ UNUSED = {"data_root", "train_size", "test_size", "val", "steps_test", "readout"
 
 
 def run(argv: list[str]):
-    p = settings.parser(__doc__.split("\n\n")[0], leave_out=UNUSED, prog="bench.py")
+    p = settings.parser(__doc__.split("\n\n")[0])
+    p.prog = "bench.py"
     p.add_argument("mode", nargs="?", choices=("paths", "cost", "imagenet"), default="paths")
     explicit = vars(p.parse_args(argv))
+    for name in UNUSED & set(explicit):
+        raise InputError(f"{settings.flag(name)}: does not shape the step that is measured")
     usual = {"dataset": "cifar10", "out": "bench.json"}
     if explicit["mode"] == "imagenet":
         usual |= {"size": 320, "width": 256, "fraction": 0.01}
@@ -272,7 +274,8 @@ def run(argv: list[str]):
         more, lines = compare_paths(runs)
     elif args.mode == "imagenet":
         more, lines = imagenet(args, runs[0])
-    print(*lines, sep="\n")
+    for line in lines:
+        print(line)
     out.write_text(json.dumps(report | more, indent=1, allow_nan=False) + "\n")
     if args.mode == "cost":
         figures.cost_figure(out.with_suffix(".png"), report)

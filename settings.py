@@ -106,23 +106,21 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parser(description: str = "", leave_out=(), prog: str = "train.py") -> Parser:
-    """All flags but those to leave out. What is not given is absent from the result."""
-    p = Parser(prog=prog, description=description, allow_abbrev=False,
+def parser(description: str = "") -> Parser:
+    """All flags. What is not given is absent from the result."""
+    p = Parser(prog="train.py", description=description, allow_abbrev=False,
                argument_default=argparse.SUPPRESS)
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
-            if name in leave_out:
-                continue
             usual = {"": default, "digits ": DIGITS.get(name),
                      "64 pixels and more ": HIGH_RESOLUTION.get(name)}
             usual = [f"{where}{value}" for where, value in usual.items()
                      if value is not None and value is not False]
             text += f" (default {'; '.join(usual)})" if usual else ""
-            takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            group.add_argument(flag(name), help=text,
-                               **takes if kind else {"action": "store_true"})
+            takes = {"type": kind} if kind else {"action": "store_true"}
+            takes = {"choices": kind} if isinstance(kind, tuple) else takes
+            group.add_argument(flag(name), help=text, **takes)
     group.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
     return p
 
@@ -170,21 +168,19 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
     args = argparse.Namespace(**(RECIPE | saved | explicit))
     branch, _, column = (args.branch or "bias").partition(":")
     is_column = branch == "column" and column.isdecimal() and int(column) < args.width
-    for wrong, message in (
-            (args.width % args.head_dim,
-             f"--head-dim {args.head_dim} does not divide --width {args.width}"),
-            (args.steps_test not in (None, args.steps) and not args.shared_lr,
-             f"--steps-test {args.steps_test} differs from --steps {args.steps}: that needs "
-             "--shared-lr, one alpha for all steps"),
-            (not is_column and args.branch not in (None, "bias", "colour"),
-             f"--branch {args.branch}: neither bias nor colour nor column:0 to "
-             f"column:{args.width - 1}"),
-            (args.w_cluster and WORLD > 1,
-             "--w-cluster compares the images of a batch: not by torchrun"),
-            (int(args.fraction * args.size ** 2 + 1e-9) < 1,
-             f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one")):
-        if wrong:
-            raise InputError(message)
+    if args.width % args.head_dim:
+        raise InputError(f"--head-dim {args.head_dim} does not divide --width {args.width}")
+    if args.steps_test not in (None, args.steps) and not args.shared_lr:
+        raise InputError(f"--steps-test {args.steps_test} differs from --steps {args.steps}: that "
+                         "needs --shared-lr, one alpha for all steps")
+    if not is_column and args.branch not in (None, "bias", "colour"):
+        raise InputError(f"--branch {args.branch}: neither bias nor colour nor column:0 to "
+                         f"column:{args.width - 1}")
+    if args.w_cluster and WORLD > 1:
+        raise InputError("--w-cluster compares the images of a batch: not by torchrun")
+    if int(args.fraction * args.size ** 2 + 1e-9) < 1:
+        raise InputError(f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less "
+                         "than one")
     return args
 
 

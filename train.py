@@ -11,7 +11,6 @@ Representations for Classification", CVPR 2025).
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import data
 import figures
 from checkpoint import (InputError, Stop, exits, generator, load_checkpoint, model_from,
-                        read_checkpoint, save_checkpoint, seeded)
+                        save_checkpoint, seeded)
 from inner_loop import MetaSGD, draw_pixels, each_step
 from measures import supervised_contrastive, wilson
 from reader import Reader, RoutedReader
@@ -60,8 +59,10 @@ class MWT(nn.Module):
         shape = (args.depth * args.width, args.width, classes, args.width + 1, args.reader_depth,
                  args.head_dim, args.mlp_ratio, args.token_scale)
         with seeded("reader", args.seed):
-            self.reader = RoutedReader(*shape, args.readout, args.branch, channels) \
-                if args.readout or args.branch else Reader(*shape)
+            if args.readout or args.branch:
+                self.reader = RoutedReader(*shape, args.readout, args.branch, channels)
+            else:
+                self.reader = Reader(*shape)
         grid = coordinate_grid(args.size, args.size)
         self.register_buffer("coords", grid, persistent=False)                 # (P, 2)
 
@@ -535,18 +536,18 @@ def pictures(model: MWT, test, steps: int) -> dict:
     stages = torch.linspace(0, steps, min(steps, 7) + 1).round().int().tolist()
     shown = torch.stack([model.reconstruct(images, j) for j in stages])        # (stages, n, ...)
     _, labels, values, tokens, _ = next(fitted(model, test, [rows], steps, 0))
-    guess = model.logits(tokens, values).argmax(-1)
+    guesses = model.logits(tokens, values).argmax(-1)
     return {"stages": stages, "images": images.cpu().numpy(), "shown": shown.cpu().numpy(),
             "psnr": psnr((shown - images).square().mean((2, 3, 4))).tolist(),  # (stages, n)
             "classes": [test.classes[c] for c in labels],
-            "guesses": [test.classes[c] for c in guess]}
+            "guesses": [test.classes[c] for c in guesses]}
 
 
 def write_reports(args, model: MWT, test, metrics: dict, command: str):
     """args.out with .json and .png in place of .pt."""
+    held_out = "validation share of the training set" if args.val else "test set"
     report = {"command": command, "flags": vars(args), **environment(model.coords.device),
-              "processes": WORLD, "evaluated_on": "validation share of the training set"
-              if args.val else "test set", **metrics}
+              "processes": WORLD, "evaluated_on": held_out, **metrics}
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     shown = pictures(model, test, args.steps_test or args.steps)
@@ -560,9 +561,9 @@ def facts(images) -> tuple[int, list[str], int]:
 
 def open_data(args, device):
     """(training images, test images); of several processes the first downloads."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
             dist.barrier()
@@ -613,7 +614,7 @@ def run(explicit: dict):
     torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
     images, test = open_data(args, device)
     model, command = make_model(args, content, images, test, device), command_line(args)
-    say = functools.partial(print, flush=True) if RANK == 0 else lambda *text: None
+    say = print if RANK == 0 else lambda text: None
     if args.eval_only:
         metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
         command = shlex.join([*LAUNCH.split(), "train.py", *as_flags(explicit)])
@@ -621,12 +622,11 @@ def run(explicit: dict):
         metrics = content["metrics"]
         say(f"the run in {args.out} is finished: nothing to train")
     else:
-        count = {name: sum(p.numel() for p in part.parameters())
-                 for name, part in model.named_children()}
+        inr, reader = (sum(p.numel() for part in parts for p in part.parameters())
+                       for parts in ([model.siren, model.inner_loop], [model.reader]))
         say(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on, "
             f"{images.channels}x{args.size}x{args.size}; {device}, {WORLD} process(es)\n"
-            f"parameters: SIREN with alpha {count['siren'] + count['inner_loop']:,}, "
-            f"reader {count['reader']:,}")
+            f"parameters: SIREN with alpha {inr:,}, reader {reader:,}")
         metrics = train(args, model, make_task(args, model, images, test), facts(images), content)
     say(in_words(metrics, args))
     if RANK == 0 and args.out is not None:
