@@ -39,7 +39,8 @@ from settings import (LAUNCH, RANK, RECIPE, WORLD, as_flags, command_line, envir
                       open_run, parser, peak_memory)
 from siren import Siren, Weights, coordinate_grid
 
-BLOCK_POINTS, BLOCK_POINTS_CPU = 1 << 17, 1 << 12    # fitted at once; a CPU's caches hold no more
+BLOCK_POINTS = {"cpu": 1 << 12, "cuda": 1 << 17}   # fitted at once: what a CPU's caches hold
+FITS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}    # up to this size all fits of a run are kept
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -72,10 +73,14 @@ class MWT(nn.Module):
         return int(self.fraction * len(self.coords) + 1e-9)
 
     @property
+    def kind(self) -> str:
+        """Of the device; others than a CPU are taken for CUDA."""
+        return "cpu" if self.coords.device.type == "cpu" else "cuda"
+
+    @property
     def block_size(self) -> int:
         """Images that are fitted at once, where no gradient is kept."""
-        points = BLOCK_POINTS_CPU if self.coords.device.type == "cpu" else BLOCK_POINTS
-        return max(1, points // self.points)
+        return max(1, BLOCK_POINTS[self.kind] // self.points)
 
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
         """What `draws` looks at images (N, C, size, size) see: coords (draws, [N,] n, 2), values
@@ -328,8 +333,6 @@ class Run:
         self.bad = torch.full((), -1, device=self.device)      # the first step that was not finite
         self.saved_at = self.began = time.monotonic()
         self.waited = 0.0                                      # for data, in seconds, this epoch
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         if content is not None:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scheduler.load_state_dict(content["scheduler"])
@@ -484,11 +487,15 @@ class Fits(NamedTuple):
 
 def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
     """All of a `data.Images`, fitted by so many inner steps."""
-    order = torch.arange(len(images)).split(model.block_size)
+    n, device = len(images), model.coords.device
+    fits = Fits(torch.empty(n, *model.reader.beta.shape, device=device),
+                torch.empty(n, dtype=torch.long, device=device), torch.empty(n, device=device))
+    order = torch.arange(n).split(model.block_size)
     blocks = tqdm(fitted(model, images, order, steps, workers), "fitting", len(order), leave=False,
                   disable=None)
-    parts = [(tokens, labels, error) for _, labels, _, tokens, error in blocks]
-    return Fits(*map(torch.cat, zip(*parts)))
+    for rows, labels, _, tokens, error in blocks:
+        fits.tokens[rows], fits.labels[rows], fits.error[rows] = tokens, labels, error
+    return fits
 
 
 def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
@@ -561,8 +568,6 @@ def facts(images) -> tuple[int, list[str], int]:
 
 def open_data(args, device):
     """(training images, test images); of several processes the first downloads."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
@@ -600,9 +605,10 @@ def make_model(args, content: dict | None, images, test, device) -> MWT:
 
 
 def make_task(args, model: MWT, images, test) -> Task:
-    """Where no fit ever changes, all are made once."""
+    """Where no fit ever changes and all take at most FITS_BYTES, they are made once."""
     changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
-    if changes or not args.freeze_siren:
+    size = 4 * model.reader.beta.numel() * (len(images) + len(test))
+    if changes or not args.freeze_siren or size > FITS_BYTES[model.kind]:
         return image_task(args, model, images, test)
     return reader_task(model.read, fit_once(model, images, args.steps, args.workers),
                        fit_once(model, test, args.steps_test or args.steps, args.workers))
@@ -612,6 +618,9 @@ def run(explicit: dict):
     args, content = open_run(explicit)
     device = find_device(args.device)
     torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)             # of this run, not of one before it
     images, test = open_data(args, device)
     model, command = make_model(args, content, images, test, device), command_line(args)
     say = print if RANK == 0 else lambda text: None
