@@ -10,7 +10,6 @@ Prints a table and writes its numbers to --out, *.json. Three ways (--no-compile
     B  the textbook: autograd through autograd, two backward passes; always eager
     C  inner gradients by torch.func.grad, one backward pass
 """
-import argparse
 import copy
 import itertools
 import json
@@ -43,8 +42,7 @@ from inner_loop import functional_loss_and_grad, textbook_loss_and_grad
 
 def textbook_backward(model: train.MWT, coords, values, labels):
     """The published way to the gradients, of a batch as `MWT.look` returned it: two backward
-    passes, the class loss's gradient of the INR scaled in between. With a siren that has
-    `textbook_loss_and_grad` nothing of the fast path is left in it."""
+    passes, the class loss's gradient of the INR scaled in between."""
     with sdpa_kernel(SDPBackend.MATH):
         phi, error = model.fit_and_error(coords, values)
         logits = model.logits(model.tokens(phi), values)
@@ -73,23 +71,15 @@ def count_flops(model: train.MWT, batch: int) -> int:
 
 
 def timed(action, count: int, device: torch.device) -> list[float]:
-    """Milliseconds of each of `count` calls. On CUDA by events: the host may run ahead, as it does
-    in training."""
-    def now():
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    marks = [now()]
+    """Milliseconds of each of `count` calls."""
+    times = []
     for _ in range(count):
+        began = time.perf_counter()
         action()
-        marks.append(now())
-    if device.type != "cuda":
-        return [1000 * (b - a) for a, b in itertools.pairwise(marks)]
-    torch.cuda.synchronize(device)
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - began))
+    return times
 
 
 def make_model(args) -> train.MWT:
@@ -101,7 +91,7 @@ def measure(args, path: str, parts: bool = False) -> dict:
     """Times 3 to 20 steps of path A, B or C, in about 20 seconds; and `measure_parts`."""
     device, n = settings.find_device(args.device), args.batch_size
     torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
-    model = make_model(args).to(device)
+    forward = model = make_model(args).to(device)
     if path != "A":
         inner = textbook_loss_and_grad if path == "B" else functional_loss_and_grad
         model.siren.loss_and_grad = types.MethodType(inner, model.siren)
@@ -115,19 +105,17 @@ def measure(args, path: str, parts: bool = False) -> dict:
     images = data.Images([], labels, pixels).resident(device, 0)
     prepare, number = train.image_task(args, model, images, None).prepare, itertools.count()
 
-    def batch():
-        return prepare((images.pixels, images.labels), next(number))
-
     def step():
+        batch = prepare((images.pixels, images.labels), next(number))
         if path == "B":
-            textbook_backward(model, *batch())
+            textbook_backward(model, *batch)
         else:
-            train.backward(forward, groups, *batch())
+            train.backward(forward, groups, *batch)
         train.update(groups, optimizer)
 
-    began, forward = time.perf_counter(), model
+    batch, began = prepare((images.pixels, images.labels), next(number)), time.perf_counter()
     if path != "B" and args.compile is not False:
-        forward = train.compiled(model, *batch())
+        forward = train.compiled(model, *batch)
         model.zero_grad()
     timed(step, 1, device)
     first = time.perf_counter() - began
@@ -135,26 +123,26 @@ def measure(args, path: str, parts: bool = False) -> dict:
     result = {"ms": ms, "images_per_second": 1000 * n / median(ms), "first_step_seconds": first,
               "peak_memory_bytes": settings.peak_memory(device), "compiled": forward is not model,
               "flops": count_flops(make_model(args), n)}
-    return result | (measure_parts(model, groups, optimizer, images, batch()) if parts else {})
+    return result | (measure_parts(model, groups, optimizer, images, batch) if parts else {})
 
 
 def measure_parts(model: train.MWT, groups, optimizer, images: data.Images, batch) -> dict:
     """The parts of an eager step (ms), evaluation, and the best of ten large matrix products."""
     device, (coords, values, _) = model.coords.device, batch
     tokens = model.tokens(model.fit_and_error(coords, values)[0]).detach().requires_grad_()
-    n = max(len(images), min(512, train.BLOCK_POINTS // model.points))
+    n = max(len(images), model.block_size)
     images = images.take(torch.arange(n, device=device) % len(images))
     size = 4096 if device.type == "cuda" else 2048
-    square = torch.randn(size, size, device=device)
-    square = square.bfloat16() if model.bf16 else square
-    product = min(timed(partial(torch.matmul, square, square), 10, device))
+    kind = torch.bfloat16 if model.bf16 else torch.float32
+    square = torch.randn(size, size, device=device, dtype=kind)
+    product = min(timed(lambda: square @ square, 10, device))
 
     def time_of(function, *args):
         return median(timed(partial(function, *args), 5, device))
 
     inner, read = time_of(model.fit_and_error, coords, values), time_of(model.read, tokens)
-    backward = time_of(train.backward, model, groups, *batch) - inner - read
-    return {"phases_ms": {"inner loop": inner, "reader": read, "backward": backward,
+    step = time_of(train.backward, model, groups, *batch)
+    return {"phases_ms": {"inner loop": inner, "reader": read, "backward": step - inner - read,
                           "optimizer": time_of(optimizer.step)},
             "evaluation_images_per_second": 1000 * n / time_of(train.evaluate, model, images),
             "matrix_peak_tflops": 2 * size ** 3 / product / 1e9}
@@ -180,10 +168,9 @@ def plan(args) -> list[tuple]:
         return [("turn", turn, path, args) for turn in (1, 2) for path in "ABC"]
     if args.mode == "imagenet":
         return [("turn", 1, "A", args)]
-    values = {key: [max(1, vars(args)[key] * f // 2) for f in (1, 2, 3, 4)]
-              for key in ("batch_size", "size", "width", "steps")}
     return [(settings.flag(key), value, "A", settings.settings({key: value}, vars(args)))
-            for key in values for value in values[key]]
+            for key in ("batch_size", "size", "width", "steps")
+            for value in (max(1, vars(args)[key] * halves // 2) for halves in (1, 2, 3, 4))]
 
 
 HEAD = (f"{'':18s}{'ms a step':>10s}{'least':>9s}{'most':>9s}{'images/s':>10s}{'peak GiB':>10s}"
@@ -202,23 +189,21 @@ def row(r: dict) -> str:
             f"{r['first_step_seconds']:14.1f}")
 
 
-def ratios(runs: list[dict]) -> dict[str, list[float]]:
-    """How many times as long as A the others took in the same turn: mean, least, most."""
+def compare_paths(runs: list[dict]) -> tuple[dict, list[str]]:
+    """How many times as long as A the others took in the same turn (mean, least, most); lines."""
     ms = {path: [median(r["ms"]) for r in runs if r["path"] == path] for path in "ABC"}
-    each = {path: [slow / fast for slow, fast in zip(ms[path], ms["A"])] for path in "BC"}
-    return {f"{path}/A": [mean(r), min(r), max(r)] for path, r in each.items()}
-
-
-def paths_text(report: dict) -> str:
-    first, lines = report["paths"][0], []
-    for name, (average, least, most) in report["ratios"].items():
-        lines.append(f"ratio {name} {average:.2f} (of two turns {least:.2f} and {most:.2f})")
+    ratios, lines, first = {}, [], runs[0]
+    for path in "BC":
+        each = [slow / fast for slow, fast in zip(ms[path], ms["A"])]
+        ratios[f"{path}/A"] = mean(each), min(each), max(each)
+        lines.append(f"ratio {path}/A {mean(each):.2f} (of two turns {min(each):.2f} and "
+                     f"{max(each):.2f})")
     peak, phases = first["matrix_peak_tflops"], first["phases_ms"].items()
-    lines += [f"A: {first['flops'] / 1e9:.1f} GFLOP a step, at {100 * tflops(first) / peak:.0f}% "
-              f"of the matrix peak, {peak:.3f} TFLOP/s here",
+    lines += [f"A: {first['flops'] / 1e9:.1f} GFLOP a step, at {tflops(first) / peak:.0%} of the "
+              f"matrix peak, {peak:.3f} TFLOP/s here",
               "an eager step: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in phases),
               f"evaluation: {first['evaluation_images_per_second']:.1f} images/s"]
-    return "\n".join(lines)
+    return {"ratios": ratios}, lines
 
 
 def decode_seconds(size: int) -> float:
@@ -239,20 +224,17 @@ def training_hours(images, epochs, step_seconds, decode_seconds, devices, worker
     return images * epochs * seconds / devices / 3600
 
 
-def imagenet(args, step: dict) -> dict:
-    decoding, seconds = decode_seconds(args.size), 1 / step["images_per_second"]
-    return {"decode_seconds": decoding, "hours": {
-        n: training_hours(1_281_167, args.epochs, seconds, decoding, n, args.workers)
-        for n in (1, 8, 64)}}
-
-
-def imagenet_text(report: dict) -> str:
-    epochs, workers = report["flags"]["epochs"], report["flags"]["workers"]
-    lines = [f"decoding a JPEG: {1000 * report['decode_seconds']:.1f} ms; {workers} workers a "
-             f"device\nImageNet-1K, {epochs} epochs, from this step (the paper: 306 min an epoch):"]
-    for devices, hours in report["hours"].items():
-        lines.append(f"{devices:4d} devices: {hours:.3g} h, {60 * hours / epochs:.3g} min an epoch")
-    return "\n".join(lines)
+def imagenet(args, step: dict) -> tuple[dict, list[str]]:
+    """Hours by number of devices; lines."""
+    decoding, hours = decode_seconds(args.size), {}
+    lines = [f"decoding a JPEG: {1000 * decoding:.1f} ms; {args.workers} workers a device",
+             f"ImageNet-1K, {args.epochs} epochs, from this step (the paper: 306 min an epoch):"]
+    for n in (1, 8, 64):
+        hours[n] = training_hours(1_281_167, args.epochs, 1 / step["images_per_second"], decoding,
+                                  n, args.workers)
+        minutes = 60 * hours[n] / args.epochs
+        lines.append(f"{n:4d} devices: {hours[n]:.3g} h, {minutes:.3g} min an epoch")
+    return {"decode_seconds": decoding, "hours": hours}, lines
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -261,10 +243,9 @@ UNUSED = {"data_root", "train_size", "test_size", "val", "steps_test", "readout"
           "w_cluster", "init_from", "freeze_siren", "resume", "save_minutes", "eval_only", "ckpt"}
 
 
-def open_bench(argv: list[str]) -> argparse.Namespace:
-    """The settings. InputError, before anything is measured: what cannot be written or made."""
-    p = settings.parser()
-    p.prog, p.description = "bench.py", __doc__.split("\n\n")[0]
+def run(argv: list[str]):
+    p = settings.parser(__doc__.split("\n\n")[0])
+    p.prog = "bench.py"
     p.add_argument("mode", nargs="?", choices=("paths", "cost", "imagenet"), default="paths")
     explicit = vars(p.parse_args(argv))
     for name in UNUSED & set(explicit):
@@ -273,41 +254,31 @@ def open_bench(argv: list[str]) -> argparse.Namespace:
     if explicit["mode"] == "imagenet":
         usual |= {"size": 320, "width": 256, "fraction": 0.01}
     args = settings.settings(usual | explicit)
-    out = Path(args.out)
+    out, device, measurements = Path(args.out), settings.find_device(args.device), plan(args)
     if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {out}: needs a file name in *.json, in a folder that is there")
-    for _, _, _, changed in plan(args):
-        try:
-            with torch.device("meta"):             # takes no memory
-                make_model(changed)
-        except (RuntimeError, OverflowError, TypeError) as error:
-            raise InputError(f"--width {changed.width} --depth {changed.depth}: a model of that "
-                             "size cannot be made here") from error
-    return args
 
-
-def run(argv: list[str]):
-    args = open_bench(argv)
     report = {"command": shlex.join(["python", "bench.py", *argv]), "flags": vars(args),
-              **settings.environment(settings.find_device(args.device)), args.mode: []}
+              **settings.environment(device)}
     shape = ("size", "fraction", "width", "depth", "steps", "reader_depth", "batch_size")
     print(*settings.as_flags({key: vars(args)[key] for key in shape}))
     print(f"{args.precision} on {report['device']}, {report['threads']} threads", HEAD, sep="\n")
-    runs = report[args.mode]
-    for what, value, path, changed in plan(args):
-        name = {"what": what, "value": value, "path": path}
+    runs = report[args.mode] = []
+    for what, value, path, changed in measurements:
         parts = args.mode == "paths" and not runs
-        runs.append(name | in_a_process(measure, changed, path, parts))
+        result = in_a_process(measure, changed, path, parts)
+        runs.append({"what": what, "value": value, "path": path} | result)
         print(row(runs[-1]), flush=True)
+    more, lines = {}, []
     if args.mode == "paths":
-        report["ratios"] = ratios(runs)
-        print(paths_text(report))
+        more, lines = compare_paths(runs)
     elif args.mode == "imagenet":
-        report |= imagenet(args, runs[0])
-        print(imagenet_text(report))
-    Path(args.out).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        more, lines = imagenet(args, runs[0])
+    for line in lines:
+        print(line)
+    out.write_text(json.dumps(report | more, indent=1, allow_nan=False) + "\n")
     if args.mode == "cost":
-        figures.cost_figure(Path(args.out).with_suffix(".png"), report)
+        figures.cost_figure(out.with_suffix(".png"), report)
 
 
 def main(argv: list[str] | None = None):

@@ -27,9 +27,8 @@ def draw_pixels(steps, images, pixels, fraction, generator=None, device="cpu") -
 
 
 def each_step(coords: Tensor, values: Tensor, steps: int, pixels: Tensor | None = None):
-    """What each step sees of values (N, P, C) at coords (P, in): all of it, (steps, P, in) and
-    (steps, N, P, C), views without a copy; or what pixels (steps, N, n) number, (steps, N, n, in)
-    and (steps, N, n, C)."""
+    """What each step sees of values (N, P, C) at coords (P, in): all, (steps, P, in) and (steps, N,
+    P, C), without a copy; or what pixels (steps, N, n) number, (steps, N, n, in) and (.., n, C)."""
     if pixels is None:
         return coords.expand(steps, *coords.shape), values.expand(steps, *values.shape)
     images = torch.arange(len(values), device=values.device)[:, None]                    # (N, 1)
@@ -60,8 +59,8 @@ class MetaSGD(nn.Module):
         return self.descend(siren, *each_step(coords, values, steps, pixels))
 
     def descend(self, siren, coords: Tensor, values: Tensor):
-        """phi after as many steps as coords and values, of `each_step`, have for them. More steps
-        than k need shared step sizes: ValueError."""
+        """phi after a step on each of coords and values, as `each_step` gives them. ValueError:
+        more steps than k, unless step sizes are shared."""
         if len(values) > self.steps and not self.shared:
             raise ValueError(f"{len(values)} steps need shared=True: step sizes for {self.steps}")
 

@@ -24,8 +24,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
-        if width % head_dim:
-            raise ValueError(f"a head size of {head_dim} does not divide the width of {width}")
         self.head_dim = head_dim
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -38,7 +36,7 @@ class Attention(nn.Module):
                 for y in self.qkv(self.norm(x)).chunk(3, dim=-1)]
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """asking: only so many rows, the first, ask; all are asked."""
+        """asking: only the first so many rows ask; all are asked."""
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q[:, :, :asking], k, v)
         return self.layer_scale * self.out(y.transpose(1, 2).flatten(2))
@@ -70,15 +68,15 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 
 class Reader(nn.Module):
-    """Parameters: beta (num_tokens, features), embed, blocks, head. features, numbers a token, is
-    width + 1 by default; token_scale is lambda, or 0, as `scaled` says."""
+    """Parameters: beta (num_tokens, features), embed, blocks, head. token_scale: lambda, or 0, as
+    `scaled` says."""
 
     def __init__(self, num_tokens: int, width: int, classes: int, features: int | None = None,
                  depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0):
         super().__init__()
-        features = width + 1 if features is None else features
+        features = features or width + 1       # numbers a token
         self.arguments = (num_tokens, width, classes, features, depth, head_dim, mlp_ratio,
-                          token_scale)                  # to make another one like it
+                          token_scale)         # to make another one like it
         self.token_scale = token_scale
         self.beta = nn.Parameter(torch.zeros(num_tokens, features))
         self.embed = nn.Linear(features, width)
@@ -96,7 +94,7 @@ class Reader(nn.Module):
 
     def forward(self, tokens: Tensor, *more) -> Tensor:
         """tokens (N, T, features) -> logits (N, classes); more: what `conclude` takes besides."""
-        x = self.input_map(tokens)                              # (N, T, width)
+        x = self.input_map(tokens)
         for block in self.blocks:
             x = x + block(x)
         return self.conclude(x, tokens, *more)
@@ -112,26 +110,26 @@ class Reader(nn.Module):
 
 
 class Branch(nn.Module):
-    """Logits (N, classes) from features (N, d). The last layer starts at zero: training starts
-    from the reader alone."""
+    """Features (N, d) -> logits (N, classes), zero at the start: training starts from the reader
+    alone."""
 
     def __init__(self, features: int, width: int, classes: int, scale: float):
         super().__init__()
         self.scale = scale
         self.up = nn.Linear(features, width)
         self.down = nn.Linear(width, classes)
-        for p in self.down.parameters():
-            nn.init.zeros_(p)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(scaled(x, self.scale))))
 
 
 class RoutedReader(Reader):
-    """With a stronger readout, or a branch past the blocks. readout: so many learned queries, added
-    to the mean over tokens, gather the tokens in two blocks of class attention (Touvron et al.,
-    ICCV 2021): they alone ask, of themselves and the tokens. branch: "bias" or "column:N" of the
-    tokens, or "colour", the image's mean (N, channels), which `forward` then takes too."""
+    """readout: so many learned queries, added to the mean over tokens, gather the tokens in two
+    blocks of class attention (Touvron et al., ICCV 2021): they alone ask, of themselves and the
+    tokens. branch, past the blocks: of "bias" or "column:N" of the tokens, or of "colour", the
+    image's mean (N, channels), which `forward` then takes too."""
 
     def __init__(self, num_tokens, width, classes, features=None, depth=10, head_dim=64,
                  mlp_ratio=1, token_scale=500.0, readout=0, branch=None, channels=3):
@@ -158,9 +156,7 @@ class RoutedReader(Reader):
     def conclude(self, x: Tensor, tokens: Tensor, colour: Tensor | None = None) -> Tensor:
         logits = super().conclude(x if self.queries is None else self.gathered(x)[-1], tokens)
         features = colour if self.column is None else tokens[..., self.column]
-        if self.branch is None or features is None:
-            return logits
-        return logits + self.branch(features)
+        return logits if features is None else logits + self.branch(features)
 
     def trace(self, tokens: Tensor):
         """As `Reader.trace`, then the queries after each sub-block that gathers."""

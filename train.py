@@ -8,9 +8,6 @@ Representations for Classification", CVPR 2025).
     torchrun --nproc_per_node=4 train.py --dataset path/to/imagenette --width 256
     python train.py --resume --out out.pt                # go on after a crash, a kill or Ctrl-C
     python train.py --eval-only --ckpt out.pt
-
-Top to bottom: the model, evaluation, the outer loop, a reader on fixed weights, reports, the
-program.
 """
 import argparse
 import contextlib
@@ -34,26 +31,22 @@ from tqdm import tqdm
 import data
 import figures
 from checkpoint import (InputError, Stop, exits, generator, load_checkpoint, model_from,
-                        read_checkpoint, save_checkpoint, seeded)
+                        save_checkpoint, seeded)
 from inner_loop import MetaSGD, draw_pixels, each_step
 from measures import supervised_contrastive, wilson
 from reader import Reader, RoutedReader
 from settings import (LAUNCH, RANK, RECIPE, WORLD, as_flags, command_line, environment, find_device,
-                      free_memory, open_run, parser, peak_memory)
+                      open_run, parser, peak_memory)
 from siren import Siren, Weights, coordinate_grid
 
-BLOCK_POINTS = 1 << 17         # image points that are evaluated at once ...
-BLOCK_POINTS_CPU = 1 << 12     # ... and fitted at once on a CPU: what its caches hold
+BLOCK_POINTS = {"cpu": 1 << 12, "cuda": 1 << 17}   # fitted at once: what a CPU's caches hold
+FITS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}    # up to this size all fits of a run are kept
 
 
 # ---- The model -----------------------------------------------------------------------------------
 
 class MWT(nn.Module):
-    """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1].
-
-    args: the flags of this program. `fit`, `read`, `trace`, `parts`, `coordinates`, `reconstruct`
-    and the attribute `reader` are what diagnostics.py asks of any method.
-    """
+    """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1]."""
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()
@@ -64,8 +57,13 @@ class MWT(nn.Module):
             self.siren = Siren(2, channels, args.width, args.depth, args.omega)
         with seeded("inner loop", args.seed):
             self.inner_loop = MetaSGD(self.siren, args.steps, args.shared_lr)
+        shape = (args.depth * args.width, args.width, classes, args.width + 1, args.reader_depth,
+                 args.head_dim, args.mlp_ratio, args.token_scale)
         with seeded("reader", args.seed):
-            self.reader = make_reader(args, channels, classes)
+            if args.readout or args.branch:
+                self.reader = RoutedReader(*shape, args.readout, args.branch, channels)
+            else:
+                self.reader = Reader(*shape)
         grid = coordinate_grid(args.size, args.size)
         self.register_buffer("coords", grid, persistent=False)                 # (P, 2)
 
@@ -74,10 +72,20 @@ class MWT(nn.Module):
         """Pixels of an image that one look sees."""
         return int(self.fraction * len(self.coords) + 1e-9)
 
+    @property
+    def kind(self) -> str:
+        """Of the device; others than a CPU are taken for CUDA."""
+        return "cpu" if self.coords.device.type == "cpu" else "cuda"
+
+    @property
+    def block_size(self) -> int:
+        """Images that are fitted at once, where no gradient is kept."""
+        return max(1, BLOCK_POINTS[self.kind] // self.points)
+
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
-        """What `draws` looks at images (N, C, size, size) see: coords (draws, [N,] n, 2) and values
-        (draws, N, n, C). Where a fraction is drawn: for each image anew from the generator, or, in
-        evaluation, without one, the same pixels for all images, always the same ones."""
+        """What `draws` looks at images (N, C, size, size) see: coords (draws, [N,] n, 2), values
+        (draws, N, n, C). A fraction is drawn for each image anew from the generator; without one,
+        in evaluation, always the same for all images."""
         values, pixels = images.flatten(2).mT, None                            # (N, P, C)
         if self.fraction < 1:
             g = generator_ or generator("evaluation", device=images.device)
@@ -91,9 +99,9 @@ class MWT(nn.Module):
         return values.mean((0, 2)) if self.fraction < 1 else values[0].mean(1)
 
     def fit_and_error(self, coords: Tensor, values: Tensor, clamp=False) -> tuple[Weights, Tensor]:
-        """phi, and each image's mean squared error (N,), of what `look` returned: all but the last
-        look are for the inner steps, the last is for the error. With centre_colour phi stores the
-        image less its mean colour."""
+        """phi, and each image's mean squared error (N,), of what `look` returned: the last look is
+        for the error, the others are for the inner steps. With centre_colour phi stores the image
+        less its mean colour."""
         centred, mean = values[:-1], 0.0
         if self.centre_colour:
             mean = self.colour(values)[:, None]                                # (N, 1, C)
@@ -115,12 +123,9 @@ class MWT(nn.Module):
         return self.read(tokens)
 
     def forward(self, coords: Tensor, values: Tensor, labels: Tensor) -> Tensor:
-        """Means over a batch as `look` returned it, k + 1 looks (5,): class loss, reconstruction
-        and weighted contrastive loss, the outer losses, then accuracy and PSNR (dB).
-
-        The class loss reaches the INR with weight w_task: its gradient is scaled where tokens enter
-        the reader, so that one backward pass serves all losses.
-        """
+        """The `statistics` of a batch as `look` returned it, k + 1 looks. The class loss reaches
+        the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that
+        one backward pass serves all losses."""
         phi, error = self.fit_and_error(coords, values)
         tokens = self.tokens(phi)                                              # (N, T, width + 1)
         value = tokens.detach()
@@ -132,7 +137,7 @@ class MWT(nn.Module):
             cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), labels)
         return statistics(logits, labels, error, cluster)
 
-    # What diagnostics.py asks of a method, all of it in evaluation: no gradients.
+    # What diagnostics.py asks of a method, without gradients.
 
     def adapt(self, images: Tensor, steps: int | None = None) -> Weights:
         """phi of images (N, C, size, size) after `steps` (default k) steps."""
@@ -142,11 +147,8 @@ class MWT(nn.Module):
     @torch.no_grad()
     def fit(self, images: Tensor) -> Tensor:
         """Images (N, C, size, size) in [-1, 1] -> tokens (N, T, width + 1)."""
-        return torch.cat([self.tokens(self.adapt(part)) for part in self.blocks(images)])
-
-    def blocks(self, images: Tensor):
-        points = BLOCK_POINTS if images.is_cuda else BLOCK_POINTS_CPU
-        return images.split(max(1, points // self.points))
+        blocks = images.split(self.block_size)
+        return torch.cat([self.tokens(self.adapt(block)) for block in blocks])
 
     def read(self, tokens: Tensor, *colour) -> Tensor:
         """Tokens (N, T, width + 1) -> logits (N, classes)."""
@@ -158,8 +160,8 @@ class MWT(nn.Module):
         return self.reader.trace(tokens)
 
     def parts(self) -> dict[str, Tensor]:
-        """Bases (width + 1, m) of parts of a token: the bias column, and the column of weights
-        whose incoming activation is the most constant over pixels at theta, as a bias's is."""
+        """Bases (width + 1, m) of parts of a token: the bias column, and the column whose incoming
+        activation is the most constant over pixels at theta, as a bias's is."""
         eye = torch.eye(self.siren.hidden.shape[-1], device=self.coords.device)
         a, mean_square, square = self.coords, 0.0, 0.0
         for weight in self.siren.layers(self.siren.anchor())[:-1]:
@@ -172,8 +174,9 @@ class MWT(nn.Module):
     @torch.no_grad()
     def coordinates(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """More places (N, d) to look for clusters: phi - theta with the first layer, each layer."""
-        first = torch.cat([self.adapt(part).first for part in self.blocks(images)])
-        first = (first - self.siren.first).flatten(1)
+        blocks = images.split(self.block_size)
+        first = torch.cat([self.adapt(block).first - self.siren.first for block in blocks])
+        first = first.flatten(1)
         layers = tokens.chunk(len(self.siren.hidden), dim=1)
         named = {"phi - theta": torch.cat([first, tokens.flatten(1)], 1), "first layer": first}
         named |= {f"hidden layer {i + 1}": layer.flatten(1) for i, layer in enumerate(layers)}
@@ -183,25 +186,16 @@ class MWT(nn.Module):
     def reconstruct(self, images: Tensor, steps: int | None = None) -> Tensor:
         """What the weights show of images (N, C, size, size), after so many inner steps."""
         shown = []
-        for part in self.blocks(images):
-            phi = self.adapt(part, steps)
-            shown.append(self.siren(self.coords, phi).mT.expand_as(part.flatten(2)))   # (N, C, P)
-        shown = torch.cat(shown).view_as(images)
-        if self.centre_colour:
-            shown = shown + images.mean((2, 3), keepdim=True)
-        return shown.clamp(-1, 1)
-
-
-def make_reader(args, channels: int, classes: int) -> Reader:
-    shape = (args.depth * args.width, args.width, classes, args.width + 1, args.reader_depth,
-             args.head_dim, args.mlp_ratio, args.token_scale)
-    if args.readout or args.branch:
-        return RoutedReader(*shape, args.readout, args.branch, channels)
-    return Reader(*shape)
+        for block in images.split(self.block_size):
+            pixels = self.siren(self.coords, self.adapt(block, steps)).mT      # (N or 1, C, P)
+            shown.append(pixels.expand_as(block.flatten(2)).view_as(block))
+        mean = images.mean((2, 3), keepdim=True) if self.centre_colour else 0.0
+        return (torch.cat(shown) + mean).clamp(-1, 1)
 
 
 def statistics(logits, labels, error, cluster) -> Tensor:
-    """Of a batch (5,): class, reconstruction and contrastive loss, accuracy, PSNR."""
+    """Means over a batch (5,): class loss, reconstruction and weighted contrastive loss, the outer
+    losses, then accuracy and PSNR (dB)."""
     right = (logits.argmax(-1) == labels).to(error.dtype)
     return torch.stack([F.cross_entropy(logits, labels), error.mean(), cluster, right.mean(),
                         psnr(error.detach()).mean()])
@@ -226,23 +220,28 @@ def from_checkpoint(content: dict, device="cpu") -> MWT:
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambda: None) -> dict:
-    """Accuracy with its interval and mean PSNR (dB) over `images`, a `data.Images`, shared by all
-    processes; poll() is called between batches."""
-    device, k = model.coords.device, model.inner_loop.steps if steps is None else steps
-    block = max(1, min(512, BLOCK_POINTS // model.points))
-    order = torch.arange(len(images))[RANK::WORLD].split(block)
-    right, decibels = torch.zeros(2, len(images), device=device)
-    for rows, (pixels, labels) in zip(order, images.batches(order, device, workers)):
-        poll()
-        coords, values = model.look(images.signal(pixels), k + 1)
+def fitted(model: MWT, images, order, steps: int, workers: int):
+    """Yields (row numbers, labels, values seen, tokens, error) for each tensor of row numbers in
+    `order`, of `images`, a `data.Images`."""
+    for rows, (pixels, labels) in zip(order, images.batches(order, model.coords.device, workers)):
+        coords, values = model.look(images.signal(pixels), steps + 1)
         phi, error = model.fit_and_error(coords, values, clamp=True)
-        guess = model.logits(model.tokens(phi), values).argmax(-1)
-        right[rows] = (guess == labels).to(right.dtype)
+        yield rows, labels, values, model.tokens(phi), error
+
+
+@torch.no_grad()
+def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambda: None) -> dict:
+    """Accuracy with its interval and mean PSNR (dB) over `images`, shared by all processes; poll()
+    is called between batches."""
+    order = torch.arange(len(images))[RANK::WORLD].split(model.block_size)
+    steps = steps or model.inner_loop.steps
+    right, decibels = sums = torch.zeros(2, len(images), device=model.coords.device)
+    for rows, labels, values, tokens, error in fitted(model, images, order, steps, workers):
+        poll()
+        right[rows] = (model.logits(tokens, values).argmax(-1) == labels).to(right.dtype)
         decibels[rows] = psnr(error).to(right.dtype)
     if WORLD > 1:
-        dist.all_reduce(right)
-        dist.all_reduce(decibels)
+        dist.all_reduce(sums)
     return score(right, decibels)
 
 
@@ -253,13 +252,13 @@ def score(right: Tensor, decibels: Tensor) -> dict:
             "test_psnr": float(decibels.mean()), "test_images": n}
 
 
-def in_words(result: dict, args) -> str:
-    low, high = result["test_interval"]
+def in_words(metrics: dict, args) -> str:
+    low, high = metrics["test_interval"]
     of = "held-out training images" if args.val else "test images"
     estimate = f" (an estimate: {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
-    return (f"accuracy {100 * result['test_accuracy']:.2f}% (95% interval {100 * low:.2f} to "
-            f"{100 * high:.2f}, n = {result['test_images']} {of}), "
-            f"PSNR {result['test_psnr']:.2f} dB{estimate}")
+    return (f"accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = "
+            f"{metrics['test_images']} {of}), PSNR {metrics['test_psnr']:.2f} dB{estimate}; "
+            f"trained for {metrics['seconds']:.0f} s")
 
 
 # ---- The outer loop ------------------------------------------------------------------------------
@@ -284,10 +283,9 @@ def backward(forward, groups: list[dict], *batch) -> Tensor:
     stats = stats.detach()
     if WORLD > 1:
         tensors = [p.grad for group in groups for p in group["params"]] + [stats]
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
-        for t, mean in zip(tensors, (flat / WORLD).split([t.numel() for t in tensors])):
-            t.copy_(mean.view_as(t))
+        nn.utils.vector_to_parameters(flat / WORLD, tensors)
     return stats
 
 
@@ -309,6 +307,11 @@ def compiled(forward, *batch):
         print("torch.compile does not work here, so the step runs without it: "
               f"{' '.join(str(error).split())[:160]}", file=sys.stderr, flush=True)
         return forward
+
+
+EPOCH = ("epoch {epoch:3d}/{epochs}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
+         "{held} accuracy {test_accuracy:.2%}  {held} PSNR {test_psnr:.2f} dB  {seconds:.1f} s, "
+         "{waiting_for_data:.1f} s of it waiting for data  peak {gib:.2f} GiB")
 
 
 class Run:
@@ -338,37 +341,38 @@ class Run:
             self.sums += progress["sums"].to(self.device)
             self.began, self.waited = self.began - progress["seconds"], progress["waited"]
 
-    def save(self, finished: bool = False):
+    def save(self):
         """Writes a checkpoint, unless the weights are spoilt. The first process does it alone: at
         any of its steps it holds the state of all."""
-        bad, parameters = int(self.bad), self.model.parameters()
-        if bad >= 0 or not all(bool(torch.isfinite(p).all()) for p in parameters):
-            bad = bad if bad >= 0 else self.epoch * self.steps + self.step - 1
-            kept = self.args.out and os.path.exists(self.args.out)
-            raise Stop(1, f"the loss or its gradient is not finite at epoch {bad // self.steps + 1}"
-                          f", step {bad % self.steps + 1}; " + (
-                              f"{self.args.out} is the last good checkpoint" if kept
-                              else "no checkpoint had been written"))
-        progress = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
-                    "global_batch": self.batch, "seconds": time.monotonic() - self.began,
-                    "waited": self.waited}
-        unfinished = {"optimizer": self.optimizer.state_dict(), "progress": progress,
-                      "scheduler": self.scheduler.state_dict()}
-        if RANK == 0 and self.args.out:
-            save_checkpoint(self.args.out, {
-                "method": "mwt", "args": vars(self.args), "data": self.facts, "metrics":
-                self.metrics, "model": self.model.state_dict(), **({} if finished else unfinished)})
+        out, done, bad = self.args.out, self.epoch * self.steps + self.step, int(self.bad)
+        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+        if bad < 0 and not (finite and math.isfinite(self.metrics.get("test_psnr", 0.0))):
+            bad = done - 1                                     # the last step spoilt the weights
+        if bad >= 0:
+            kept = f"{out} is the last good" if out and os.path.exists(out) else "there is no"
+            epoch, step = divmod(bad, self.steps)
+            raise Stop(1, f"the loss or its gradient is not finite at epoch {epoch + 1}, step "
+                          f"{step + 1}; {kept} checkpoint")
+        content = {"method": "mwt", "args": vars(self.args), "data": self.facts,
+                   "metrics": self.metrics, "model": self.model.state_dict()}
+        if self.epoch < self.args.epochs:
+            content["optimizer"] = self.optimizer.state_dict()
+            content["scheduler"] = self.scheduler.state_dict()
+            content["progress"] = {
+                "epoch": self.epoch, "step": self.step, "global_batch": self.batch,
+                "sums": self.sums.cpu(), "waited": self.waited,
+                "seconds": time.monotonic() - self.began}
+        if RANK == 0 and out:
+            save_checkpoint(out, content)
         self.saved_at = time.monotonic()
 
     def pause(self):
         """Between steps: saves when it is time, and ends when asked to."""
-        if self.caught and not self.args.out:
-            raise Stop(128 + self.caught[0], "stopped")
-        if self.caught and RANK == 0:
+        if self.caught and (RANK == 0 or not self.args.out):
             self.save()
-            raise Stop(128 + self.caught[0], f"stopped and saved at epoch {self.epoch + 1}, step "
-                       f"{self.step}; go on with: {LAUNCH} train.py --resume "
-                       f"--out {shlex.quote(str(self.args.out))}")
+            raise Stop(128 + self.caught[0], "stopped" if not self.args.out else
+                       f"stopped and saved at epoch {self.epoch + 1}, step {self.step}; go on by: "
+                       f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}")
         if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
             self.save()
 
@@ -384,28 +388,21 @@ class Run:
 
     def end_epoch(self, result: dict):
         """Takes in the evaluation, saves, and says how the epoch went."""
-        if not math.isfinite(result.get("test_psnr", 0.0)):    # the last step spoilt the weights
-            self.bad.clamp_(min=(self.epoch + 1) * self.steps - 1)
         names = ("loss", "reconstruction", "weighted_cluster_loss", "train_accuracy", "train_psnr")
-        seconds, memory = time.monotonic() - self.began, peak_memory(self.device)
-        epoch = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.steps).tolist())),
-                 **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result},
-                 "seconds": seconds, "waiting_for_data": self.waited, "peak_memory_bytes": memory}
-        self.metrics.update(result)
-        self.metrics["epochs"].append(epoch)
-        self.metrics["seconds"] += seconds
+        row = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.steps).tolist())),
+               **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result},
+               "seconds": time.monotonic() - self.began, "waiting_for_data": self.waited,
+               "peak_memory_bytes": (peak := peak_memory(self.device))}
+        self.metrics |= result
+        self.metrics["epochs"].append(row)
+        self.metrics["seconds"] += row["seconds"]
         self.epoch, self.step, self.waited = self.epoch + 1, 0, 0.0
         self.began = time.monotonic()
         self.sums.zero_()
-        self.save(finished=self.epoch == self.args.epochs)
+        self.save()
         if RANK == 0 and self.args.out:
-            name = "val" if self.args.val else "test"
-            print(f"epoch {self.epoch:3d}/{self.args.epochs}  loss {epoch['loss']:.4f}  "
-                  f"reconstruction {epoch['reconstruction']:.5f}  "
-                  f"{name} accuracy {100 * epoch['test_accuracy']:.2f}%  "
-                  f"{name} PSNR {epoch['test_psnr']:.2f} dB  {seconds:.1f} s, "
-                  f"{100 * epoch['waiting_for_data'] / seconds:.0f}% of it waiting for data  "
-                  f"peak {(memory or math.nan) / 2 ** 30:.2f} GiB", flush=True)
+            held, gib = "val" if self.args.val else "test", (peak or math.nan) / 2 ** 30
+            print(EPOCH.format(**row, epochs=self.args.epochs, held=held, gib=gib), flush=True)
 
 
 class Task(NamedTuple):
@@ -434,10 +431,8 @@ def image_task(args, model: MWT, images, test) -> Task:
 
 def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -> dict:
     """Trains to the last epoch, writing args.out as it goes (None: nothing); returns the metrics.
-
     content: a checkpoint to go on from. Stop: interrupted (after saving), or a loss that is not
-    finite (without). InputError: an image that cannot be decoded (after saving).
-    """
+    finite (without). InputError: an image that cannot be decoded (after saving)."""
     run, forward = Run(args, model, task.examples, facts, content), None
     compiles = args.compile or args.compile is None and run.device.type == "cuda"
     with signals(run.caught):
@@ -447,8 +442,8 @@ def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -
                 order = torch.randperm(task.examples, generator=g)[:run.steps * run.batch]
                 order = order.view(run.steps, WORLD, -1)[run.step:, RANK]      # (steps, batch)
                 batches = task.batches(order)
-                for _ in tqdm(range(len(order)), f"epoch {run.epoch + 1}/{args.epochs}",
-                              leave=False, disable=True if RANK else None):
+                for _ in tqdm(order, f"epoch {run.epoch + 1}/{args.epochs}", leave=False,
+                              disable=True if RANK else None):
                     asked = time.monotonic()
                     batch = next(batches)
                     run.waited += time.monotonic() - asked
@@ -472,12 +467,12 @@ def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -
 @contextlib.contextmanager
 def signals(caught: list):
     """Ctrl-C and SIGTERM are noted, to be acted on between two steps."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(n, lambda n, _: caught.append(n)) for n in numbers]
+    before = {n: signal.signal(n, lambda n, _: caught.append(n))
+              for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for n, handler in zip(numbers, before):
+        for n, handler in before.items():
             signal.signal(n, handler)
 
 
@@ -490,25 +485,24 @@ class Fits(NamedTuple):
     error: Tensor          # (n,) mean squared error of the reconstruction
 
 
-@torch.no_grad()
-def fit_once(model: MWT, images, steps: int, workers: int = 0) -> Fits:
+def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
     """All of a `data.Images`, fitted by so many inner steps."""
-    device, parts = model.coords.device, []
-    order = torch.arange(len(images)).split(max(1, BLOCK_POINTS_CPU // len(model.coords)))
-    bar = tqdm(order, "fitting", leave=False, disable=None)
-    for rows, (pixels, labels) in zip(bar, images.batches(order, device, workers)):
-        coords, values = model.look(images.signal(pixels), steps + 1)
-        phi, error = model.fit_and_error(coords, values, clamp=True)
-        parts.append((model.tokens(phi), labels, error))
-    return Fits(*map(torch.cat, zip(*parts)))
+    n, device = len(images), model.coords.device
+    fits = Fits(torch.empty(n, *model.reader.beta.shape, device=device),
+                torch.empty(n, dtype=torch.long, device=device), torch.empty(n, device=device))
+    order = torch.arange(n).split(model.block_size)
+    blocks = tqdm(fitted(model, images, order, steps, workers), "fitting", len(order), leave=False,
+                  disable=None)
+    for rows, labels, _, tokens, error in blocks:
+        fits.tokens[rows], fits.labels[rows], fits.error[rows] = tokens, labels, error
+    return fits
 
 
 def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
     """To train `read`, tokens -> logits, on fits."""
     def batches(order):
-        for rows in order:
-            rows = rows.to(fits.labels.device)
-            yield fits.tokens[rows], fits.labels[rows], fits.error[rows]
+        for rows in order.to(fits.labels.device):
+            yield tuple(each[rows] for each in fits)
 
     def forward(tokens, labels, error):
         logits = read(tokens).to(tokens.dtype)
@@ -526,9 +520,8 @@ def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
 
 
 def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
-    """A new reader trained on fixed tokens (n, T, D) and labels (n,), with args' reader (width,
-    reader_depth, head_dim, mlp_ratio) and recipe (epochs, batch_size, lr, weight_decay, seed). Its
-    token scale makes the training tokens' root mean square 1. Writes nothing."""
+    """A new reader trained on fixed tokens (n, T, D) and labels (n,), its size and recipe as args
+    say, its token scale such that these tokens' root mean square is 1. Writes nothing."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
@@ -540,138 +533,113 @@ def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
     return reader.eval()
 
 
-# ---- Reports -------------------------------------------------------------------------------------
+# ---- The program ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def pictures(model: MWT, test, steps: int) -> dict:
     """A few test images, and what the weights show of them after each inner step."""
     rows = torch.linspace(0, len(test) - 1, min(4, len(test))).long()
-    images, labels = next(test.batches([rows], model.coords.device))
-    images = test.signal(images)
+    images = test.signal(next(test.batches([rows], model.coords.device))[0])   # (n, C, h, w)
     stages = torch.linspace(0, steps, min(steps, 7) + 1).round().int().tolist()
     shown = torch.stack([model.reconstruct(images, j) for j in stages])        # (stages, n, ...)
-    decibels = psnr((shown - images).square().mean((2, 3, 4)))                 # (stages, n)
-    coords, values = model.look(images, steps + 1)
-    guess = model.logits(model.tokens(model.fit_and_error(coords, values)[0]), values).argmax(-1)
+    _, labels, values, tokens, _ = next(fitted(model, test, [rows], steps, 0))
+    guesses = model.logits(tokens, values).argmax(-1)
     return {"stages": stages, "images": images.cpu().numpy(), "shown": shown.cpu().numpy(),
-            "psnr": decibels.tolist(), "classes": [test.classes[c] for c in labels.tolist()],
-            "guesses": [test.classes[c] for c in guess.tolist()]}
+            "psnr": psnr((shown - images).square().mean((2, 3, 4))).tolist(),  # (stages, n)
+            "classes": [test.classes[c] for c in labels],
+            "guesses": [test.classes[c] for c in guesses]}
 
 
 def write_reports(args, model: MWT, test, metrics: dict, command: str):
     """args.out with .json and .png in place of .pt."""
-    if RANK:
-        return
+    held_out = "validation share of the training set" if args.val else "test set"
     report = {"command": command, "flags": vars(args), **environment(model.coords.device),
-              "processes": WORLD, "evaluated_on": "validation share of the training set"
-              if args.val else "test set", **metrics}
+              "processes": WORLD, "evaluated_on": held_out, **metrics}
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     shown = pictures(model, test, args.steps_test or args.steps)
     figures.training_figure(path.with_suffix(".png"), report, shown)
 
 
-# ---- The program ---------------------------------------------------------------------------------
-
 def facts(images) -> tuple[int, list[str], int]:
     """What a checkpoint must know of its training data: channels, classes, number of images."""
     return images.channels, list(images.classes), len(images)
 
 
-def open_data(args, device, only_test: bool):
+def open_data(args, device):
     """(training images, test images); of several processes the first downloads."""
-    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
     if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
             dist.barrier()
-    images, test = data.load_dataset(args, device, train=not only_test)
+    images, test = data.load_dataset(args, device, train=not args.eval_only)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
-    if not only_test and args.batch_size * WORLD > len(images):
+    if not args.eval_only and args.batch_size * WORLD > len(images):
         raise InputError(f"--batch-size {args.batch_size}, {WORLD} process(es): there are only "
                          f"{len(images)} training images")
     return images, test
 
 
-def new_model(args, images, device) -> MWT:
-    try:
+def make_model(args, content: dict | None, images, test, device) -> MWT:
+    """The checkpoint's model, or a new one, with the INR of --init-from."""
+    if content is None:
         model = MWT(args, images.channels, len(images.classes)).to(device)
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise InputError(f"--width {args.width} --depth {args.depth}: a model of that size cannot "
-                         "be made here") from error
-    if args.init_from:
-        start, _ = load_checkpoint(args.init_from, device)
-        if start.siren.head.out_features != images.channels:
-            raise InputError(f"--init-from {args.init_from}: not for {images.channels} channels")
-        model.siren.load_state_dict(start.siren.state_dict())
-        model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+        if args.init_from:
+            start, _ = load_checkpoint(args.init_from, device)
+            if start.siren.head.out_features != images.channels:
+                raise InputError(f"--init-from {args.init_from}: made for other channels")
+            model.siren.load_state_dict(start.siren.state_dict())
+            model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+    else:
+        path, known = args.ckpt or args.out, tuple(content["data"])
+        if facts(test)[:2] != known[:2] or not args.eval_only and facts(images) != known:
+            raise InputError(f"--dataset {args.dataset}: not the data of {path}, or changed since: "
+                             "other channels, classes or number of images")
+        model = model_from(content, path, device)
+        model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
+    for part in (model.siren, model.inner_loop):
+        part.requires_grad_(not args.freeze_siren)
+    model.inner_loop.recompute = args.recompute
     return model
 
 
-def introduce(args, model: MWT, images, test):
-    count = {name: sum(p.numel() for p in part.parameters())
-             for name, part in model.named_children()}
-    held_out = "held-out" if args.val else "test"
-    print(f"{args.dataset}: {len(images):,} training and {len(test):,} {held_out} images, "
-          f"{images.channels}x{args.size}x{args.size}, {len(images.classes)} classes; "
-          f"on {model.coords.device}, {WORLD} process(es) of {torch.get_num_threads()} thread(s)")
-    print(f"parameters: SIREN with alpha {count['siren'] + count['inner_loop']:,}, "
-          f"reader {count['reader']:,}")
-    print("settings: " + " ".join(f"{key}={value}" for key, value in vars(args).items()),
-          flush=True)
-
-
-def choose_task(args, model: MWT, images, test) -> Task:
-    """Where no fit ever changes, and all fits find room, they are made once."""
-    if args.freeze_siren and args.fraction == 1 and not (args.augment or args.w_cluster):
-        size = 4 * model.reader.beta.numel() * (len(images) + len(test))
-        if args.branch != "colour" and size < free_memory(model.coords.device) / 2:
-            fits = fit_once(model, images, args.steps, args.workers)
-            tests = fit_once(model, test, args.steps_test or args.steps, args.workers)
-            return reader_task(model.read, fits, tests)
-    return image_task(args, model, images, test)
+def make_task(args, model: MWT, images, test) -> Task:
+    """Where no fit ever changes and all take at most FITS_BYTES, they are made once."""
+    changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
+    size = 4 * model.reader.beta.numel() * (len(images) + len(test))
+    if changes or not args.freeze_siren or size > FITS_BYTES[model.kind]:
+        return image_task(args, model, images, test)
+    return reader_task(model.read, fit_once(model, images, args.steps, args.workers),
+                       fit_once(model, test, args.steps_test or args.steps, args.workers))
 
 
 def run(explicit: dict):
     args, content = open_run(explicit)
     device = find_device(args.device)
-    images, test = open_data(args, device, args.eval_only)
-    if content is None:
-        model = new_model(args, images, device)
-    else:
-        if facts(test)[:2] != tuple(content["data"])[:2] or \
-                not args.eval_only and facts(images) != tuple(content["data"]):
-            raise InputError(f"--dataset {args.dataset}: not the data of {args.ckpt or args.out}, "
-                             "or changed since: other channels, classes or number of images")
-        model = model_from(content, args.ckpt or args.out, device)
-        model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
-    for part in (model.siren, model.inner_loop):
-        part.requires_grad_(not args.freeze_siren)
-    model.inner_loop.recompute = args.recompute
-
+    torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)             # of this run, not of one before it
+    images, test = open_data(args, device)
+    model, command = make_model(args, content, images, test, device), command_line(args)
+    say = print if RANK == 0 else lambda text: None
     if args.eval_only:
         metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
-        if RANK == 0:
-            print(in_words(metrics, args))
-        if args.out is not None:
-            given = shlex.join([*LAUNCH.split(), "train.py", *as_flags(explicit)])
-            write_reports(args, model, test, metrics, given)
-        return
-    if RANK == 0:
-        introduce(args, model, images, test)
-    if content is not None and "progress" not in content:
+        command = shlex.join([*LAUNCH.split(), "train.py", *as_flags(explicit)])
+    elif content is not None and "progress" not in content:
         metrics = content["metrics"]
-        if RANK == 0:
-            print(f"the run in {args.out} is finished: nothing to train")
+        say(f"the run in {args.out} is finished: nothing to train")
     else:
-        task = choose_task(args, model, images, test)
-        metrics = train(args, model, task, facts(images), content)
-    if RANK == 0:
-        print(f"{in_words(metrics, args)}; {metrics['seconds']:.0f} s", flush=True)
-    write_reports(args, model, test, metrics, command_line(args))
+        inr, reader = (sum(p.numel() for part in parts for p in part.parameters())
+                       for parts in ([model.siren, model.inner_loop], [model.reader]))
+        say(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on, "
+            f"{images.channels}x{args.size}x{args.size}; {device}, {WORLD} process(es)\n"
+            f"parameters: SIREN with alpha {inr:,}, reader {reader:,}")
+        metrics = train(args, model, make_task(args, model, images, test), facts(images), content)
+    say(in_words(metrics, args))
+    if RANK == 0 and args.out is not None:
+        write_reports(args, model, test, metrics, command)
 
 
 def main(argv: list[str] | None = None):
@@ -679,7 +647,7 @@ def main(argv: list[str] | None = None):
         with exits("train.py"):
             run(vars(parser(__doc__.split("\n\n")[0]).parse_args(argv)))
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if WORLD > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
