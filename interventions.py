@@ -41,8 +41,9 @@ from checkpoint import (InputError, Stop, exits, generator, model_from, read_che
                         seeded)
 from claims import POINTS, decide, fold, side, span
 from data import load_dataset
-from diagnostics import (BLOCK, Fitted, accuracy, clustering, coordinate_systems, covariance,
-                         donors, fit_all, token_flow)
+from routes import BLOCK, covariance, donors
+from diagnostics import (Fitted, accuracy, clustering, coordinate_systems,
+                         fit_all, token_flow)
 from measures import (bootstrap, over_repeats, paired_bootstrap, principal, regression, t_interval,
                       t_quantile)
 from settings import (FREE, LAUNCH, RECIPE, Parser, as_flags, command_line, environment,
