@@ -182,14 +182,15 @@ def wait_for(condition, process, seconds=100):
         time.sleep(0.005)
 
 
-def image_folder(root, train_images=12, test_images=4, size=10, second="test", classes="abc") -> Path:
+def image_folder(root, second="test", classes="abc") -> Path:
+    """12 training and 4 test images a class, of noise."""
     from PIL import Image
     rng, root = np.random.default_rng(0), Path(root)
-    for split, n in (("train", train_images), (second, test_images)):
+    for split, n in (("train", 12), (second, 4)):
         for c in classes:
             (root / split / c).mkdir(parents=True)
             for i in range(n):
-                pixels = rng.integers(0, 256, (size, size + 2, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / c / f"{i:03d}.png")
     return root
 
@@ -277,7 +278,7 @@ def test_reader_by_hand():
     """It is not input map, pre-norm attention and MLP each with LayerScale and residual, mean over tokens, head."""
     tokens, reader = torch.randn(2, 10, 7), Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0)
     attention, mlp = reader.blocks
-    assert all((block.layer_scale == 0.1).all() for block in reader.blocks) and (reader.beta == 0).all()
+    assert all((block.layer_scale == 0.1).all() for block in reader.blocks)
     for p in reader.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x = 50.0 * (tokens + reader.beta) @ reader.embed.weight.T + reader.embed.bias
@@ -475,8 +476,8 @@ def test_augmentation_at_high_resolution():
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
     ramps = torch.stack([x, y]).expand(50, -1, -1, -1)
     still = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5, 0.1]).expand(50, 6)  # no angle, whole area, centred
-    assert torch.allclose(data.augment(ramps, still, False), ramps, atol=1e-5)
-    assert torch.allclose(data.augment(ramps, still, True), ramps.flip(-1), atol=1e-5)
+    for flip, expected in ((False, ramps), (True, ramps.flip(-1))):
+        assert torch.allclose(data.augment(ramps, still, flip), expected, atol=1e-5)
     u[:, 3:5] = 0.5
     centre = slice(size // 2 - 4, size // 2 + 4)
     moved = data.augment(ramps, u, False)[:, :, centre, centre]
@@ -542,16 +543,13 @@ def test_bad_values():
 # ---- train.py: the model -------------------------------------------------------------------------
 
 def test_what_a_model_looks_at():
-    """Drawn values and coordinates do not belong together, or evaluation does not always see the same."""
+    """Evaluation does not always draw the same pixels for all images, or training does not draw each image its own."""
     model, (images, _) = tiny_model(fraction=0.5), batch()
     coords, values = model.look(images, 4)  # in evaluation: the same pixels of all images
     assert coords.shape == (4, 5, 18, 2) and values.shape == (4, 5, 18, 3)
     assert torch.equal(coords, coords[:, :1].expand_as(coords)) and not torch.equal(coords[0], coords[1])
-    coords, values = model.look(images, 4, generator("a"))  # in training: each image its own
+    coords, _ = model.look(images, 4, generator("a"))
     assert not torch.equal(coords[:, 0], coords[:, 1])
-    rows, columns = ((coords + 1) * 2.5).round().long().unbind(-1)
-    for n in range(5):
-        assert torch.equal(values[:, n], images[n][:, rows[:, n], columns[:, n]].permute(1, 2, 0))
 
 
 @float64()
@@ -621,15 +619,6 @@ def test_same_core_whatever_the_reader():
     for name, v in one.state_dict().items():
         assert torch.equal(v, denser[name][:3] if name.startswith("inner_loop") else denser[name])
     assert not torch.equal(one.siren.first, tiny_model(seed=1).siren.first)
-
-
-def test_precision_bf16_stays_close():
-    """Something else than the reader is in bfloat16, or the reader is not."""
-    images, labels = batch()
-    exact, rough = tiny_model(), tiny_model(precision="bf16")
-    a, b = (model(*model.look(images, 4), labels).detach() for model in (exact, rough))
-    assert a[1] == b[1] and a[0] != b[0] and abs(float(a[0] - b[0])) < 0.05
-    assert all(p.dtype == torch.float32 for p in rough.parameters())
 
 
 def test_psnr_and_evaluation_one_image_at_a_time():
@@ -897,14 +886,7 @@ def test_reader_learns_planted_classes():
 
 # ---- measures.py: geometry -----------------------------------------------------------------------
 
-def samples(seed=0, n=90, d=3):
-    """Rows without ties; three classes of unequal size."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, d, generator=g)
-    return x, torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), n, replacement=True, generator=g)
-
-
-def planted_classes(seed, n, d, classes, spread=1.0):
+def planted_classes(seed, n=90, d=3, classes=3, spread=1.0):
     """Rows of unit normal noise around class means drawn from N(0, spread^2)."""
     g = torch.Generator().manual_seed(seed)
     means, labels = spread * torch.randn(classes, d, generator=g), torch.randint(classes, (n,), generator=g)
@@ -913,7 +895,7 @@ def planted_classes(seed, n, d, classes, spread=1.0):
 
 def test_neighbors_against_brute_force():
     """Neighbours, votes, k-NN accuracy or purity are not those of all distances in float64; or depend on blocks."""
-    (x, labels), (y, queries), k = samples(0), samples(1, 40), 4
+    (x, labels), (y, queries), k = planted_classes(0), planted_classes(1, 40), 4
     for shift, block in ((0, 2 ** 24), (30, 900)):
         a, b = x + shift, y + shift
         between, among = ((z.double()[:, None] - a.double()).square().sum(2) for z in (b, a))
@@ -931,7 +913,7 @@ def test_neighbors_against_brute_force():
 
 def test_silhouette_and_class_means_against_brute_force():
     """Silhouette, Fisher ratio or nearest mean is not its definition, row by row in numpy; or depends on blocks."""
-    (x, labels), (y, queries) = samples(2), samples(3, 40)
+    (x, labels), (y, queries) = planted_classes(2), planted_classes(3, 40)
     X, L, scores = x.double().numpy(), labels.numpy(), []
     for i in range(len(X)):
         d = np.sqrt(((X - X[i]) ** 2).sum(1))
@@ -956,7 +938,7 @@ def test_measures_on_odd_input():
     equal, ids = torch.full((7, 2), 0.1), torch.tensor([0, 1, 1, 0, 1, 0, 1])
     assert measures.fisher_ratio(equal, ids) == measures.silhouette(equal, ids) == 0
     assert measures.fisher_ratio(equal + ids[:, None], ids) == math.inf
-    (x, labels), (y, queries) = samples(0), samples(1, 30)
+    (x, labels), (y, queries) = planted_classes(0), planted_classes(1, 30)
     pair = measures.knn_accuracy, measures.nearest_mean_accuracy, measures.linear_probe
     for measure in pair:  # labels 0, 1 and 7: 2 to 6 do not occur
         sparse, asked = (ids + 5 * (ids == 2) for ids in (labels, queries))
@@ -995,8 +977,8 @@ def test_linear_probe_standardises_and_fits_all_of_the_bank():
     for bank, asked in ((x, y), (x * stretch + 5, y * stretch + 5), (x.repeat(1, 3), y.repeat(1, 3))):
         got = measures.linear_probe_predict(bank, labels, asked, penalties=(0.01,))
         assert torch.equal(got[sure], logits.argmax(1)[sure]) and sure.float().mean() > 0.8
-    constant = measures.linear_probe_predict(F.pad(x, (0, 1), value=0.1), labels, F.pad(y, (0, 1), value=5.0))
-    assert (constant == measures.linear_probe_predict(x, labels, y)).float().mean() > 0.98
+    constant = F.pad(x, (0, 1), value=0.1), labels, F.pad(y, (0, 1), value=5.0)
+    assert torch.equal(measures.linear_probe_predict(*constant, penalties=(0.01,))[sure], logits.argmax(1)[sure])
     x, labels = planted_classes(0, 1500, 40, 7)  # where scikit-learn has 1.0 at every C from 0.1 up
     assert measures.linear_probe(x[:500], labels[:500], x[500:], labels[500:]) >= 0.996
 
@@ -1182,7 +1164,7 @@ def test_faster_ways_against_the_textbook():
         (compiled(model) if way == "compiled" else model)(*seen, labels)[:2].sum().backward()
         expected = textbook_grads(*seen, labels, **tiny)
         gaps = {name: apart(grads(model)[name], expected[name]) for name in expected}
-        assert max(gaps.values()) <= limit, (way, gaps)
+        assert (1e-5 if way == "bf16" else 0) <= max(gaps.values()) <= limit, (way, gaps)
 
 
 # ---- bench.py: the command -----------------------------------------------------------------------
