@@ -40,7 +40,7 @@ import interventions
 import measures
 import settings
 import train
-from checkpoint import InputError, generator, load_checkpoint, read_checkpoint, seeded
+from checkpoint import generator, load_checkpoint, read_checkpoint
 from diagnostics import Fitted
 from inner_loop import MetaSGD, draw_pixels, each_step, functional_loss_and_grad, textbook_loss_and_grad
 from measures import supervised_contrastive
@@ -330,28 +330,19 @@ def test_readout_and_branches_by_hand():
 
 def test_parameter_counts():
     """The models are not of the sizes in the paper's Table 4."""
-    def count(*parts):
-        return sum(p.numel() for part in parts for p in part.parameters())
     siren = Siren(2, 3, width=128, depth=4)
-    assert count(siren, MetaSGD(siren, steps=6)) == 465_414
-    assert count(Reader(4 * 64, 64, 10, depth=10)) == 273_034
-    assert count(Reader(4 * 128, 128, 10, depth=5)) == 581_258
+    parts = (siren, MetaSGD(siren, steps=6)), (Reader(4 * 64, 64, 10, depth=10),), (Reader(4 * 128, 128, 10, depth=5),)
+    counts = [sum(p.numel() for part in each for p in part.parameters()) for each in parts]
+    assert counts == [465_414, 273_034, 581_258]
 
 
 # ---- checkpoint.py -------------------------------------------------------------------------------
 
 def test_draws_are_a_function_of_their_key():
-    """A resumed run would draw other numbers, two keys the same ones, or one draw would shift those after it."""
+    """A resumed run would draw other numbers, or two keys the same ones."""
     keys = [("order", 0, 1), ("order", 1, 0), ("pixels", 0, 1), ("order", 0), ("order", 0, 1)]
     drawn = [tuple(torch.rand(3, generator=generator(*key)).tolist()) for key in keys]
     assert drawn[0] == drawn[-1] and len(set(drawn)) == len(keys) - 1
-    with torch.random.fork_rng():
-        expected = torch.rand(2)
-    layers = []
-    for _ in range(2):
-        with seeded("reader", 0):
-            layers.append(torch.rand(4))
-    assert torch.equal(*layers) and torch.equal(torch.rand(2), expected)
 
 
 @folder()
@@ -583,6 +574,10 @@ def test_centred_colour():
     phi, error = model.fit_and_error(*model.look(images + 0.95, 4), clamp=True)  # to what a pixel can be
     shown = (model.siren(model.coords, phi) + colour[:, None] + 0.95).clamp(-1, 1)
     assert apart(error, (shown - (images + 0.95).flatten(2).mT).square().mean((1, 2))) <= 1e-12
+    drawn = tiny_model(centre_colour=True, fraction=0.5)  # of drawn pixels: the mean of all that were drawn
+    coords, values = drawn.look(images, 4, generator("a"))
+    expected = drawn.inner_loop.descend(drawn.siren, coords[:-1], values[:-1] - values.mean((0, 2))[:, None])
+    assert apart(drawn.fit_and_error(coords, values)[0], expected) <= 1e-12
 
 
 @float64()
@@ -597,16 +592,14 @@ def test_contrastive_loss_by_hand():
     assert abs(float(supervised_contrastive(3 * x, labels)) - sum(terms) / 6) <= 1e-12
     assert float(supervised_contrastive(x, torch.arange(7))) == 0
     images, labels = batch()[0], torch.tensor([0, 0, 1, 1, 2])
-    clustered, without, alone = tiny_model(w_cluster=0.3), tiny_model(), tiny_model()
-    for model in (clustered, without):
-        model(*model.look(images, 4), labels)[:3].sum().backward()
-    phi = alone.adapt(images)
-    rows = [(phi.first - alone.siren.first).flatten(1), alone.tokens(phi).flatten(1)]
-    (0.3 * supervised_contrastive(torch.cat(rows, 1), labels)).backward()
-    got, base, expected = grads(clustered), grads(without), grads(alone)
-    for name in ("siren", "inner_loop"):
-        assert apart([a - b for a, b in zip(got[name], base[name])], expected[name]) <= 1e-9
-    assert all(map(torch.equal, got["reader"], base["reader"]))
+    model = tiny_model(w_cluster=0.3)
+    phi = model.adapt(images)
+    rows = [(phi.first - model.siren.first).flatten(1), model.tokens(phi).flatten(1)]
+    loss = model(*model.look(images, 4), labels)[2]
+    assert apart(loss, 0.3 * supervised_contrastive(torch.cat(rows, 1), labels)) <= 1e-12
+    loss.backward()
+    assert not any(g.any() for g in grads(model)["reader"])
+    assert all(p.grad.any() for p in (*model.siren.anchor(), *model.inner_loop.parameters()))
 
 
 def test_same_core_whatever_the_reader():
@@ -692,6 +685,7 @@ def test_augmentation_reaches_the_run():
     def spy(images, u, flip):
         seen.append(flip)
         return plain(images, u, flip)
+
     image_folder("set")
     with replaced(data, "augment", spy) as plain:
         for more in ("", "--augment", "--augment --train-size 32 --test-size 9 --dataset set --size 8"):
@@ -821,7 +815,7 @@ def test_two_processes_equal_one():
 def test_frozen_siren_and_new_reader():
     """WT-seq changes the INR, keeps the reader, trains on held-out images, needs wt.pt to resume or overwrites it."""
     trained(TINY, "--w-task 0 --seed 1 --out wt.pt --val 0.1")
-    trained(TINY, "--init-from wt.pt --freeze-siren --out seq.pt")
+    trained(TINY, "--init-from wt.pt --freeze-siren --augment --out seq.pt")
     (wt, _), (seq, args) = (load_checkpoint(p) for p in ("wt.pt", "seq.pt"))
     for name in ("siren", "inner_loop"):
         assert same(getattr(wt, name).state_dict(), getattr(seq, name).state_dict())
@@ -907,7 +901,6 @@ def test_neighbors_against_brute_force():
             assert torch.equal(measures.nearest(a, b, k), expected) and torch.equal(measures.nearest(a, k=k), own)
             assert torch.equal(measures.knn_predict(a, labels, b, k), winners)
             assert measures.knn_accuracy(a, labels, b, queries, k) == float((winners == queries).double().mean())
-            assert torch.allclose(measures.purity(a, labels, k), share, atol=1e-12)
             assert abs(measures.neighbor_purity(a, labels, k) - float(share.mean())) < 1e-12
 
 
@@ -925,9 +918,7 @@ def test_silhouette_and_class_means_against_brute_force():
     for block, rows in ((2 ** 24, 256), (900, 7)):
         with replaced(measures, "BLOCK", block), replaced(measures, "BLOCK_ROWS", rows):
             assert np.abs(measures.silhouettes(x, labels).numpy() - scores).max() < 1e-5
-            assert np.abs(measures.class_means(x, labels, 3).numpy() - means).max() < 1e-12
             assert abs(measures.fisher_ratio(x, labels) - between / ((X - means[L]) ** 2).sum()) < 1e-10
-            assert measures.nearest_mean_predict(x, labels, y).tolist() == predicted.tolist()
             assert measures.nearest_mean_accuracy(x, labels, y, queries) == np.mean(predicted == queries.numpy())
 
 
@@ -949,8 +940,7 @@ def test_measures_on_odd_input():
         alone = measures.neighbor_purity, measures.silhouette, measures.fisher_ratio
         assert all(rejects(measure, *args) for measure in alone), args
         assert all(rejects(measure, *args, y, queries) for measure in pair), args
-    assert rejects(measures.neighbor_purity, x, labels, 90) and not rejects(measures.neighbor_purity, x, labels, 89)
-    assert rejects(measures.linear_probe, x, labels * 0, y, queries)
+    assert rejects(measures.neighbor_purity, x, labels, 90) and rejects(measures.linear_probe, x, labels * 0, y, queries)
 
 
 # ---- measures.py: linear probe -------------------------------------------------------------------
@@ -974,11 +964,10 @@ def test_linear_probe_standardises_and_fits_all_of_the_bank():
     logits = (y - mean) / deviation @ weight.T + bias
     sure = (logits.topk(2).values.diff() < -0.05).squeeze(1)
     stretch = torch.logspace(-3, 3, 8)  # features of all scales, far from 0
-    for bank, asked in ((x, y), (x * stretch + 5, y * stretch + 5), (x.repeat(1, 3), y.repeat(1, 3))):
+    for bank, asked in ((x, y), (x * stretch + 5, y * stretch + 5), (x.repeat(1, 3), y.repeat(1, 3)),
+                        (F.pad(x, (0, 1), value=0.1), F.pad(y, (0, 1), value=5.0))):
         got = measures.linear_probe_predict(bank, labels, asked, penalties=(0.01,))
         assert torch.equal(got[sure], logits.argmax(1)[sure]) and sure.float().mean() > 0.8
-    constant = F.pad(x, (0, 1), value=0.1), labels, F.pad(y, (0, 1), value=5.0)
-    assert torch.equal(measures.linear_probe_predict(*constant, penalties=(0.01,))[sure], logits.argmax(1)[sure])
     x, labels = planted_classes(0, 1500, 40, 7)  # where scikit-learn has 1.0 at every C from 0.1 up
     assert measures.linear_probe(x[:500], labels[:500], x[500:], labels[500:]) >= 0.996
 
@@ -1012,12 +1001,10 @@ def test_wilson_and_t_by_table():
     low, high = measures.wilson(45, 50)  # roots of (p - x)^2 = z^2 x (1 - x) / n
     assert low < 0.9 < high and measures.wilson(0, 10)[0] == 0
     assert all(abs((0.9 - end) ** 2 - 1.959964 ** 2 * end * (1 - end) / 50) < 1e-12 for end in (low, high))
-    assert all(rejects(measures.wilson, *args) for args in ((0, 0), (3, 2), (-1, 2)))
     table = {1: 12.7062, 2: 4.30265, 5: 2.57058, 30: 2.04227, 1000: 1.96234}
     assert all(abs(measures.t_quantile(freedom) - t) < 2e-4 * t for freedom, t in table.items())
     mean, low, high = measures.t_interval([1.0, 2.0, 3.0])
     assert mean == 2 and abs(high - (2 + 4.30265 / math.sqrt(3))) < 1e-3 and abs(low + high - 4) < 1e-9
-    assert measures.t_interval([1.0]) is None
 
 
 def test_bootstrap_covers_and_knows_ties():
@@ -1080,7 +1067,7 @@ def test_crossed_does_not_flatter():
     """The best of many equal candidates looks better than it is, or a better one is not found."""
     noise = torch.rand(400, 60, generator=torch.Generator().manual_seed(2))
     picked, choices = measures.crossed(noise)
-    assert abs(float(picked.mean()) - 0.5) < 0.05 and float(noise.mean(0).max()) > 0.525
+    assert abs(float(picked.mean()) - 0.5) < 0.015 and float(noise.mean(0).max()) > 0.525
     better = noise + F.one_hot(torch.tensor(7), 60)
     repeats = torch.stack([better, better], 2)
     repeats[:5] = math.nan  # not measured
@@ -1220,13 +1207,13 @@ def test_bench_command():
 
     def noted(owner, name):
         plain = getattr(owner, name)
-        return replaced(owner, name, lambda *args, **more: used.add((paths[-1], name)) or plain(*args, **more))
+        return replaced(owner, name, lambda *args, **more: used.add(paths[-1] + " " + owner.__name__) or plain(*args, **more))
 
     with replaced(bench, "in_a_process", here), quick_times(), noted(bench, "textbook_backward"), \
             noted(torch.autograd, "grad"), noted(torch.func, "grad"):
         status, out, err = command(small, bench.main)
     assert status == 0 and "ratio B/A" in out and max(map(len, out.splitlines())) <= 100, (out, err)
-    assert paths == [*"ABCABC"] and used == {("B", "textbook_backward"), ("B", "grad"), ("C", "grad")}
+    assert paths == [*"ABCABC"] and used == {"B bench", "B torch.autograd", "C torch.autograd", "C torch.func"}
     runs, ratio = report("bench")["paths"], report("bench")["ratios"]["B/A"]
     each = [np.median(runs[b]["ms"]) / np.median(runs[b - 1]["ms"]) for b in (1, 4)]
     assert np.allclose(ratio, [np.mean(each), min(each), max(each)])
@@ -1243,16 +1230,14 @@ def test_bench_command():
     assert rows == {(name, f * value // 2): 512 * f // 2 for name, value in knobs.items() for f in (1, 2, 3, 4)}
     assert Path("cost.png").exists()
     with replaced(bench, "in_a_process", None):  # before anything is measured
-        for argv, word in (("--out no/a.json", "no/a.json"), ("--freeze-siren", "--freeze-siren"), ("speed", "speed"),
-                           ("cost --size 40 --fraction 0.0007", "--fraction"), ("--device tpu9", "tpu9")):
-            refused(argv.split(), word, main=bench.main)
+        for argv in ("--out no/a.json", "--freeze-siren", "speed", "cost --width 99", "--device tpu9"):
+            refused(argv.split(), argv.split()[-1], main=bench.main)
 
 
 @folder()
 def test_bench_imagenet():
     """Hours are not the longer of steps and decoding for 1,281,167 images; or no process of its own can be measured."""
     assert bench.training_hours(3600, 10, 2.0, 1.0, devices=4, workers=2) == 5.0               # the steps take longer
-    assert bench.training_hours(3600, 10, 0.1, 1.0, devices=4, workers=2) == 1.25              # the decoding does
     argv = [*settings.as_flags(SMALL), "--size=64", "--fraction=0.001", "--no-compile", "--out=i.json"]
     status, out, err = command(["imagenet", *argv], bench.main)
     assert status == 0 and not err and max(map(len, out.splitlines())) <= 100, err
@@ -2251,12 +2236,13 @@ def test_rooms():
     rooms = ("siren inner_loop reader measures figures checkpoint data settings train bench claims diagnostics "
              "interventions").split()
     for i, room in enumerate(rooms):
-        nodes = [node for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text()))]
-        needs = {name.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for name in node.names}
-        needs |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert not needs & set(rooms[i:]), (room, needs & set(rooms[i:]))
-        packages = needs - set(sys.stdlib_module_names)
-        assert i > 4 or packages <= ({"torch"}, {"torch", "numpy"}, {"numpy", "matplotlib"})[max(0, i - 2)], packages
+        needs = set()
+        for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
+            needs |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+            needs |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        needs = {name.split(".")[0] for name in needs} - set(sys.stdlib_module_names)
+        assert not needs & set(rooms[i:]), (room, needs)
+        assert i > 4 or needs <= ({"torch"}, {"torch", "numpy"}, {"numpy", "matplotlib"})[max(0, i - 2)], (room, needs)
 
 
 def main(words: list[str]):
