@@ -164,7 +164,6 @@ def refused(argv, *words, main=train.main):
 
 
 def start(*argv) -> subprocess.Popen:
-    """python argv."""
     return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -652,7 +651,7 @@ def test_training_learns_and_reports():
 @float64()
 @folder()
 def test_outer_steps_by_hand():
-    """Three steps are not AdamW at OneCycleLR's rates, each group clipped to norm 1, on textbook gradients."""
+    """Steps are not AdamW at OneCycleLR's rates, each group clipped to norm 1, on textbook gradients."""
     trained(TINY, "--epochs 3 --train-size 16 --lr 0.02 --lr-alpha 0.3 --weight-decay 0.1 --w-task 1")
     got, args = load_checkpoint("out.pt")
     images, _ = data.load_dataset(args)
@@ -663,7 +662,7 @@ def test_outer_steps_by_hand():
         rows = torch.randperm(16, generator=generator("order", 0, t))
         optimizer.zero_grad()
         model(*model.look(images.signal(images.pixels[rows]), 3), images.labels[rows])[:2].sum().backward()
-        # OneCycleLR (Smith & Topin 2018) with a warm-up of 0.05 of 3 steps: all three are on the way down.
+        # OneCycleLR with a warm-up of 0.05 of 3 steps: all three are on the way down.
         fall = (1 + math.cos(math.pi * (t - (0.05 * 3 - 1)) / (2 - (0.05 * 3 - 1)))) / 2
         for top, group in zip((0.02, 0.3, 0.02), optimizer.param_groups, strict=True):
             group["lr"] = top / 25e4 + (top - top / 25e4) * fall
@@ -673,8 +672,7 @@ def test_outer_steps_by_hand():
             for p in group["params"]:
                 p.grad *= min(1, 1 / (norm + 1e-6))
         optimizer.step()
-    assert clipped, "no gradient was long enough to be clipped"
-    assert apart(got.parameters(), model.parameters()) <= 1e-9
+    assert clipped and apart(got.parameters(), model.parameters()) <= 1e-9
 
 
 @folder()
@@ -821,7 +819,7 @@ def test_frozen_siren_and_new_reader():
         assert same(getattr(wt, name).state_dict(), getattr(seq, name).state_dict())
     assert not torch.equal(wt.reader.embed.weight, seq.reader.embed.weight) and args.val == 0.1
     refused([*TINY, "--init-from", "wt.pt", "--out", "wt.pt"], "overwrite")
-    refused(["--init-from", "wt.pt", "--width", "16"], "--width")
+    refused([*TINY, "--init-from", "wt.pt", "--steps", "3"], "--steps 3")
     Path("wt.pt").unlink()
     trained("--resume --out seq.pt")
 
@@ -940,7 +938,7 @@ def test_measures_on_odd_input():
         alone = measures.neighbor_purity, measures.silhouette, measures.fisher_ratio
         assert all(rejects(measure, *args) for measure in alone), args
         assert all(rejects(measure, *args, y, queries) for measure in pair), args
-    assert rejects(measures.neighbor_purity, x, labels, 90) and rejects(measures.linear_probe, x, labels * 0, y, queries)
+    assert rejects(measures.purity, x, labels, 90) and rejects(measures.linear_probe, x, labels * 0, y, queries)
 
 
 # ---- measures.py: linear probe -------------------------------------------------------------------
@@ -1206,8 +1204,11 @@ def test_bench_command():
         return function(args, path, parts)
 
     def noted(owner, name):
+        def call(*args, **more):
+            used.add(f"{paths[-1]} {owner.__name__}")
+            return plain(*args, **more)
         plain = getattr(owner, name)
-        return replaced(owner, name, lambda *args, **more: used.add(paths[-1] + " " + owner.__name__) or plain(*args, **more))
+        return replaced(owner, name, call)
 
     with replaced(bench, "in_a_process", here), quick_times(), noted(bench, "textbook_backward"), \
             noted(torch.autograd, "grad"), noted(torch.func, "grad"):
