@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import random
-import runpy
 import shlex
 import shutil
 import signal
@@ -22,11 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
-import tracemalloc
 import types
 from functools import partial
 from pathlib import Path
-from unittest import SkipTest
 
 import numpy as np
 import torch
@@ -44,11 +41,11 @@ import measures
 import routes
 import settings
 import train
-from checkpoint import InputError, generator, load_checkpoint, read_checkpoint, seeded
+from checkpoint import generator, load_checkpoint, read_checkpoint
 from diagnostics import Fitted
 from inner_loop import MetaSGD, draw_pixels, each_step, functional_loss_and_grad, textbook_loss_and_grad
 from measures import supervised_contrastive
-from reader import Attention, Reader, RoutedReader
+from reader import Reader, RoutedReader
 from siren import Siren, Weights, coordinate_grid
 
 HERE = Path(__file__).resolve().parent
@@ -88,13 +85,13 @@ def replaced(owner, name, value):
         setattr(owner, name, plain)
 
 
-@contextlib.contextmanager
-def raises(kind):
+def rejects(function, *args, kind=ValueError, **more) -> bool:
+    """An error of one line."""
     try:
-        yield
-    except kind:
-        return
-    raise AssertionError(f"no {kind.__name__}")
+        function(*args, **more)
+    except kind as error:
+        return "\n" not in str(error)
+    return False
 
 
 def apart(a, b) -> float:
@@ -168,7 +165,6 @@ def refused(argv, *words, main=train.main):
 
 
 def start(*argv) -> subprocess.Popen:
-    """python argv."""
     return subprocess.Popen([sys.executable, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -186,51 +182,43 @@ def wait_for(condition, process, seconds=100):
         time.sleep(0.005)
 
 
-def image_folder(root, train_images=12, test_images=4, size=10, second="test", classes="abc") -> Path:
+def image_folder(root, second="test") -> Path:
+    """12 training and 4 test images a class, of noise."""
     from PIL import Image
     rng, root = np.random.default_rng(0), Path(root)
-    for split, n in (("train", train_images), (second, test_images)):
-        for c in classes:
+    for split, n in (("train", 12), (second, 4)):
+        for c in "abc":
             (root / split / c).mkdir(parents=True)
             for i in range(n):
-                pixels = rng.integers(0, 256, (size, size + 2, 3), dtype=np.uint8)
+                pixels = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / c / f"{i:03d}.png")
     return root
 
 
 # ---- siren.py ------------------------------------------------------------------------------------
 
-def test_coordinate_grid_by_hand():
-    assert coordinate_grid(2, 3).tolist() == [[-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
-
-
 @float64()
-def test_siren_forward_by_hand():
-    """One pixel at a time, in numpy."""
-    siren = Siren(2, 3, width=5, depth=2, omega=7.0)
-    weights, coords = Weights(torch.randn(2, 5, 3), torch.randn(2, 2, 5, 6)), torch.randn(4, 2)
+def test_siren_by_hand():
+    """The field is not sin(W a + b) layer by layer, or it starts from other weights than SIREN's."""
+    assert coordinate_grid(2, 3).tolist() == [[-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
+    siren = Siren(2, 3, width=64, depth=2, omega=7.0)
+    for weight, bound in ((siren.first, 1 / 2), (siren.hidden, math.sqrt(6 / 64))):
+        assert 0.95 * bound < weight[..., :-1].abs().max() <= bound and (weight[..., -1] == 0).all()
+    weights, coords = Weights(torch.randn(2, 64, 3), torch.randn(2, 2, 64, 65) / 8), torch.randn(4, 2)
     V, c, scale = (p.detach().numpy() for p in (siren.head.weight, siren.head.bias, siren.scale))
     for n, image in enumerate(siren(coords, weights).detach().numpy()):
         for got, x in zip(image, coords.numpy()):
             W = weights.first[n].numpy()
             a = np.sin(7.0 * (W[:, :2] @ x + W[:, 2]))
             for W in weights.hidden[n].numpy():
-                a = np.sin(W[:, :5] @ a + W[:, 5])
+                a = np.sin(W[:, :-1] @ a + W[:, -1])
             np.testing.assert_allclose(got, scale * (V @ a + c), rtol=1e-10, atol=1e-12)
-
-
-def test_siren_initialisation():
-    siren = Siren(2, 3, width=64, depth=3)
-    for weight, bound in ((siren.first, 1 / 2), (siren.hidden, math.sqrt(6 / 64))):
-        w = weight[..., :-1].detach()
-        assert 0.95 * bound < float(w.abs().max()) <= bound and abs(float(w.mean())) < 0.1 * bound
-        assert torch.all(weight[..., -1] == 0)
-    assert torch.all(siren.scale == 0.1)
 
 
 @float64()
 def test_closed_form_gradient_against_autograd():
-    for dims, out, width, depth, n, points in ((2, 3, 8, 2, 4, 9), (3, 1, 5, 1, 2, 7), (1, 4, 6, 3, 1, 5)):
+    """An inner gradient is wrong: of the three ways, with shared or own pixels, at the anchor or off it."""
+    for dims, out, width, depth, n, points in ((2, 3, 8, 2, 4, 9), (3, 1, 5, 1, 2, 7)):
         siren, values = Siren(dims, out, width, depth, omega=5.0), torch.randn(n, points, out)
         batched = Weights(*(w + 0.1 * torch.randn(n, *w.shape) for w in siren.anchor()))
         for coords in (torch.randn(points, dims), torch.randn(n, points, dims)):
@@ -248,7 +236,7 @@ def test_closed_form_gradient_against_autograd():
 
 @float64()
 def test_inner_loop_by_hand():
-    """k steps of plain SGD on one image, by torch.autograd, against the batch; with all pixels and with given ones."""
+    """phi of a batch is not k steps of plain SGD with step j's sizes on each image alone, by torch.autograd."""
     coords, values = coordinate_grid(4, 4), torch.rand(5, 16, 3)
     for shared in (False, True):
         siren = Siren(2, 3, width=6, depth=2)
@@ -267,70 +255,61 @@ def test_inner_loop_by_hand():
                 assert apart([w[n] for w in phi], one) <= 1e-12
             assert pixels is not None or apart(inner(siren, coords, values), phi) == 0
     with torch.random.fork_rng():
-        drawn = inner(siren, coords, values, steps=5, fraction=0.5)  # 5 steps: its step sizes are shared
-    expected = inner.descend(siren, *each_step(coords, values, 5, draw_pixels(5, 5, 16, 0.5)))
-    assert apart(drawn, expected) == 0
-    with raises(ValueError):  # three steps with step sizes for two
-        MetaSGD(siren, steps=2)(siren, coords, values, steps=3)
+        drawn = inner(siren, coords, values, steps=5, fraction=0.5)
+    assert apart(drawn, inner.descend(siren, *each_step(coords, values, 5, draw_pixels(5, 5, 16, 0.5)))) == 0
+    assert rejects(MetaSGD(siren, steps=2), siren, coords, values, steps=3)  # step sizes for two
 
 
 def test_pixels_drawn():
-    assert draw_pixels(1, 1, 100, 0.29).shape == (1, 1, 29)  # 0.29 * 100 = 28.999... in floating point
-    drawn = draw_pixels(6, 50, 99, 0.1)
-    assert drawn.shape == (6, 50, 9) and drawn.min() >= 0 and drawn.max() <= 98
-    rows = [tuple(sorted(set(r.tolist()))) for step in drawn for r in step]
-    assert all(len(r) == 9 for r in rows) and len(set(rows)) == 300  # distinct, and fresh each time
-    counts = torch.bincount(draw_pixels(200, 50, 20, 0.25).flatten(), minlength=20) / 10000  # probability 1/4
-    assert (counts - 0.25).abs().max() < 6 * math.sqrt(0.25 * 0.75 / 10000)
+    """Drawn pixels are too few, not distinct, not fresh at each step or image, or not uniform."""
+    drawn = draw_pixels(200, 50, 100, 0.29)
+    assert drawn.shape == (200, 50, 29)  # 0.29 * 100 = 28.999... in floating point
+    assert all(len(set(row.tolist())) == 29 for row in drawn[0]) and len(drawn[:3].flatten(0, 1).unique(dim=0)) == 150
+    counts = torch.bincount(drawn.flatten(), minlength=100) / 10_000
+    assert len(counts) == 100 and (counts - 0.29).abs().max() < 6 * math.sqrt(0.29 * 0.71 / 10_000)
     assert draw_pixels(1, 3, 16, 1.0).sort(-1).values.eq(torch.arange(16)).all()
-    with raises(ValueError):
-        draw_pixels(1, 1, 16, 0.05)
+    assert rejects(draw_pixels, 1, 1, 16, 0.05)
 
 
 # ---- reader.py -----------------------------------------------------------------------------------
 
 @float64()
-def test_attention_by_hand():
-    attention, x = Attention(6, head_dim=3), torch.randn(2, 5, 6)
-    h = F.layer_norm(x, (6,), attention.norm.weight, attention.norm.bias)
-    out = torch.zeros(2, 5, 6)
+def test_reader_by_hand():
+    """It is not input map, pre-norm attention and MLP each with LayerScale and residual, mean over tokens, head."""
+    tokens, reader = torch.randn(2, 10, 7), Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0)
+    attention, mlp = reader.blocks
+    assert all((block.layer_scale == 0.1).all() for block in reader.blocks)
+    for p in reader.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x = 50.0 * (tokens + reader.beta) @ reader.embed.weight.T + reader.embed.bias
+    h, out = F.layer_norm(x, (6,), attention.norm.weight, attention.norm.bias), torch.zeros_like(x)
     for n in range(2):
         for head in (slice(0, 3), slice(3, 6)):
             q, k, v = (h[n] @ attention.qkv.weight[6 * part:][head].T for part in range(3))
-            for t in range(5):
+            for t in range(10):
                 weight = (k @ q[t] / math.sqrt(3)).exp()
                 out[n, t, head] = weight @ v / weight.sum()
-    expected = 0.1 * (out @ attention.out.weight.T + attention.out.bias)
-    assert apart(attention(x), expected) <= 1e-12 and apart(attention(x, asking=2), expected[:, :2]) <= 1e-12
-
-
-@float64()
-def test_reader_input_and_trace():
-    for features in (None, 3):
-        tokens = torch.randn(3, 10, features or 7)
-        reader = Reader(10, 6, 4, features, depth=2, head_dim=3, token_scale=50.0)
-        torch.nn.init.normal_(reader.beta)
-        logits, trace = reader.trace(tokens)
-        stages, states = zip(*trace)
-        assert stages == ("input map", "attention 1", "MLP 1", "attention 2", "MLP 2")
-        assert torch.equal(logits, reader(tokens)) and logits.shape == (3, 4)
-        first = 50.0 * (tokens + reader.beta) @ reader.embed.weight.T + reader.embed.bias
-        assert apart(states[0], first) <= 1e-12
-        for before, block, after in zip(states, reader.blocks, states[1:]):
-            assert torch.equal(before + block(before), after)
-        assert apart(logits, states[-1].mean(1) @ reader.head.weight.T + reader.head.bias) <= 1e-12
-    normed, x = Reader(10, 6, 4, 3, depth=0, head_dim=3, token_scale=0.0), tokens.flatten(1)
+    y = x + attention.layer_scale * (out @ attention.out.weight.T + attention.out.bias)
+    h = F.layer_norm(y, (6,), mlp.norm.weight, mlp.norm.bias)
+    z = y + mlp.layer_scale * (F.gelu(h @ mlp.up.weight.T + mlp.up.bias) @ mlp.down.weight.T + mlp.down.bias)
+    logits, trace = reader.trace(tokens)
+    assert [stage for stage, _ in trace] == ["input map", "attention 1", "MLP 1"]
+    assert apart([state for _, state in trace], [x, y, z]) <= 1e-12
+    assert apart(logits, z.mean(1) @ reader.head.weight.T + reader.head.bias) <= 1e-12
+    assert torch.equal(logits, reader(tokens))
+    normed, x = Reader(10, 6, 4, 7, depth=0, head_dim=3, token_scale=0.0), tokens.flatten(1)
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     assert apart(normed(tokens), normed.head(normed.embed(x.view_as(tokens)).mean(1))) <= 1e-12
 
 
 @float64()
 def test_readout_and_branches_by_hand():
+    """Queries are not two blocks of class attention, or a branch reads another column, or is not silent at first."""
     tokens, colour = torch.randn(3, 10, 7), torch.rand(3, 3)
     reader = RoutedReader(10, 6, 4, depth=1, head_dim=3, readout=2)
     logits, trace = reader.trace(tokens)
     states = [x for _, x in trace]
-    assert [x.shape[1] for x in states] == [10, 10, 10, 2, 2, 2, 2] and torch.equal(logits, reader(tokens))
+    assert torch.equal(logits, reader(tokens))
     x = states[2]
     q = [torch.stack([query + x.sum(1) / 10 for query in reader.queries], 1)]
     for attention, mlp in zip(reader.gather[::2], reader.gather[1::2]):
@@ -338,124 +317,67 @@ def test_readout_and_branches_by_hand():
         q.append(q[-1] + mlp(q[-1]))
     assert apart(states[3:], q[1:]) <= 1e-12
     assert apart(logits, reader.head((q[-1][:, 0] + q[-1][:, 1]) / 2)) <= 1e-12
-    assert apart(reader(tokens[:, torch.randperm(10)]), logits) <= 1e-12  # beta is 0: there is no order
     plain = Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0)
-    cases = (("bias", 50 * tokens[..., 6]), ("column:2", 50 * tokens[..., 2]), ("colour", colour))
-    for branch, features in cases:
-        reader = RoutedReader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0, branch=branch)
+    for name, features in (("bias", 50 * tokens[..., 6]), ("column:2", 50 * tokens[..., 2]), ("colour", colour)):
+        reader = RoutedReader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0, branch=name)
         reader.load_state_dict(plain.state_dict(), strict=False)
-        more = [colour] if branch == "colour" else []
-        assert torch.equal(reader(tokens, *more), plain(tokens))  # the branch is silent at first
-        torch.nn.init.normal_(reader.branch.down.weight)
-        b = reader.branch
-        added = F.gelu(features @ b.up.weight.T + b.up.bias) @ b.down.weight.T + b.down.bias
+        more, branch = [colour] if name == "colour" else [], reader.branch
+        assert torch.equal(reader(tokens, *more), plain(tokens))
+        torch.nn.init.normal_(branch.down.weight)
+        added = F.gelu(features @ branch.up.weight.T + branch.up.bias) @ branch.down.weight.T + branch.down.bias
         assert apart(reader(tokens, *more), plain(tokens) + added) <= 1e-12
 
 
 def test_parameter_counts():
-    """The paper's Table 4."""
-    def count(*parts):
-        return sum(p.numel() for part in parts for p in part.parameters())
+    """The models are not of the sizes in the paper's Table 4."""
     siren = Siren(2, 3, width=128, depth=4)
-    assert count(siren, MetaSGD(siren, steps=6)) == 465_414
-    assert count(Reader(4 * 64, 64, 10, depth=10)) == 273_034
-    assert count(Reader(4 * 128, 128, 10, depth=5)) == 581_258
-
-
-@folder()
-def test_concept_files_work_alone():
-    """Each file, copied into an empty folder, does its work there with torch alone."""
-    code = """
-import os, sys, torch
-def alone(name):  # only its folder is in reach, and nothing came from another
-    assert not {"siren", "inner_loop", "reader"} & set(sys.modules)
-    sys.path.insert(0, os.path.abspath(name))
-    __import__(name)
-    del sys.path[0]
-    return sys.modules.pop(name)
-siren, inner_loop, reader = map(alone, ("siren", "inner_loop", "reader"))
-class Linear(torch.nn.Linear):  # any network with an anchor will do
-    anchor = lambda self: siren.Weights(torch.zeros(3, 2), torch.zeros(3, 2))
-    forward = lambda self, coords, w: coords @ (w.first + w.hidden).mT
-    loss_and_grad = inner_loop.textbook_loss_and_grad
-phi = inner_loop.MetaSGD(Linear(1, 1), steps=1)(Linear(1, 1), torch.eye(2), torch.ones(4, 2, 3))
-assert phi.first.shape == (4, 3, 2) and (phi.first > 0).all()
-assert siren.Siren()(siren.coordinate_grid(4, 4), siren.Siren().anchor()).shape == (16, 3)
-assert reader.Reader(8, 64, 3, depth=1)(torch.zeros(2, 8, 65)).shape == (2, 3)
-"""
-    for name in ("siren", "inner_loop", "reader"):
-        Path(name).mkdir()
-        shutil.copy(HERE / f"{name}.py", name)
-    status, _, err = finish(start("-I", "-c", code))
-    assert status == 0, err
+    parts = (siren, MetaSGD(siren, steps=6)), (Reader(4 * 64, 64, 10, depth=10),), (Reader(4 * 128, 128, 10, depth=5),)
+    counts = [sum(p.numel() for part in each for p in part.parameters()) for each in parts]
+    assert counts == [465_414, 273_034, 581_258]
 
 
 # ---- checkpoint.py -------------------------------------------------------------------------------
 
 def test_draws_are_a_function_of_their_key():
-    keys = [("order", 0, 1), ("order", 1, 0), ("order", 0, 10), ("pixels", 0, 1), ("order", 0), ("order", 0, 1)]
+    """A resumed run would draw other numbers, or two keys the same ones."""
+    keys = [("order", 0, 1), ("order", 1, 0), ("pixels", 0, 1), ("order", 0), ("order", 0, 1)]
     drawn = [tuple(torch.rand(3, generator=generator(*key)).tolist()) for key in keys]
     assert drawn[0] == drawn[-1] and len(set(drawn)) == len(keys) - 1
-    with torch.random.fork_rng():
-        expected = torch.rand(2)
-    with seeded("reader", 0):
-        layer = torch.rand(4)
-    with seeded("reader", 0):
-        assert torch.equal(torch.rand(4), layer)
-    assert torch.equal(torch.rand(2), expected)  # what is drawn inside is not missed outside
 
 
 @folder()
-def test_checkpoint_survives_a_kill_while_saving():
-    """A process that does nothing but save is killed. All zeros, then all ones, ...: a mixture is a torn file."""
-    code = """
-import itertools, sys, torch
-sys.path.insert(0, sys.argv[1])
-import checkpoint
-for i in itertools.count():
-    model = {str(j): torch.full((200_000,), i) for j in range(8)}
-    checkpoint.save_checkpoint("out.pt", {"method": "mwt", "args": {}, "data": (), "metrics": {}, "model": model})
-"""
-    def number():
-        model = read_checkpoint("out.pt")["model"]
-        found, = {int(v) for x in model.values() for v in (x.min(), x.max())}
-        return found
-
-    child, seen = start("-c", code, HERE), set()
-    wait_for(Path("out.pt").exists, child)
-    for _ in range(50):  # whole at any moment, also while the next one is being written
-        time.sleep(0.02 * random.random())
-        seen.add(number())
-    child.kill()
-    child.communicate()
-    assert number() >= max(seen) > min(seen)
+def test_checkpoint_is_written_whole_or_not_at_all():
+    """A save that ends half-way leaves something else than the last good checkpoint."""
+    def torn(content, file):
+        file.write(b"half of it")
+        raise OSError("no space left")
+    checkpoint.save_checkpoint("out.pt", {"model": torch.ones(3)})
+    good = Path("out.pt").read_bytes()
+    with replaced(torch, "save", torn):
+        assert rejects(checkpoint.save_checkpoint, "out.pt", {}, kind=OSError) and Path("out.pt").read_bytes() == good
 
 
 @folder()
 def test_bad_checkpoints():
+    """A checkpoint runs code; a broken or foreign one gives a traceback or a model; or an old one is not read."""
     class Evil:
         def __reduce__(self):
             return os.system, ("touch harm",)
 
     trained(TINY, "--epochs 1")
     content, whole = torch.load("out.pt", weights_only=True), Path("out.pt").read_bytes()
-    nan = {k: v * math.nan for k, v in content["model"].items()}
-    huge, typed = (content["args"] | change for change in ({"width": 10 ** 9}, {"depth": "deep"}))
-    for name, saved in {"half.pt": whole[:len(whole) // 2], "empty.pt": b""}.items():
-        Path(name).write_bytes(saved)
+    Path("half.pt").write_bytes(whole[:len(whole) // 2])
     torch.save(Evil(), "evil.pt")
-    words = dict.fromkeys(("half", "empty", "evil"), "damaged")
+    nan = {k: v * math.nan for k, v in content["model"].items()}
+    words = dict.fromkeys(("half", "evil"), "damaged")
     for name, change, words[name] in (
-            ("other", {"format": None}, "not a checkpoint of routed-inr"), ("future", {"version": 99}, "version 99"),
+            ("other", {"format": None}, "not a checkpoint"), ("future", {"version": 99}, "version 99"),
             ("part", {"model": None}, "no model"), ("nan", {"model": nan}, "not finite"),
-            ("huge", {"args": huge}, "disagree"), ("typed", {"args": typed}, "disagree"),
-            *((name, {"method": name}, "method") for name in ("magic", "os", "train"))):
+            ("huge", {"args": content["args"] | {"width": 10 ** 9}}, "disagree"), ("os", {"method": "os"}, "method")):
         torch.save(content | change, f"{name}.pt")
     for name, word in words.items():
         refused(["--eval-only", "--ckpt", f"{name}.pt"], f"{name}.pt", word)
-        with raises(InputError):
-            load_checkpoint(f"{name}.pt")
-    assert len(words) == 12 and not Path("harm").exists()
+    assert len(words) == 8 and not Path("harm").exists()
     for more, word in (("--width 99", "--width"), ("--steps-test 5", "--shared-lr"), ("--val 0.2", "--val")):
         refused(["--eval-only", "--ckpt", "out.pt", *more.split()], word)  # --val: it was trained on those images
     del content["method"]  # the first checkpoints did not say
@@ -463,77 +385,48 @@ def test_bad_checkpoints():
     assert same(*(load_checkpoint(f"{name}.pt")[0].state_dict() for name in ("first", "out")))
 
 
-@folder()
-def test_train_is_not_imported_twice():
-    """`python train.py` that loads a checkpoint: its file is then the module "train"."""
-    trained(TINY, "--epochs 1")
-    for name, expected in (("out", 0), ("gone", 2)):
-        modules, status = dict(sys.modules), 0
-        del sys.modules["train"]
-        with replaced(sys, "argv", ["train.py", "--eval-only", "--ckpt", f"{name}.pt"]), \
-                contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            try:
-                runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-            except SystemExit as error:
-                status = error.code
-        assert status == expected and sys.modules["train"].__name__ == "__main__"
-        sys.modules.update(modules)
-
-
 # ---- data.py -------------------------------------------------------------------------------------
 
-def test_digits_split_and_range():
+def test_digits_and_subsets():
+    """The digits are not UCI's in [-1, 1]; a subset is not stratified; held-out images are trained on."""
     images, test = data.load_dataset(settings.settings({}))
-    assert (len(images), len(test)) == (1437, 360) and images.pixels.dtype == torch.uint8
     both = torch.bincount(images.labels) + torch.bincount(test.labels)
-    assert both.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180] # the UCI file's
-    assert (torch.bincount(test.labels) - both * 360 / 1797).abs().max() < 1
+    assert (len(images), len(test)) == (1437, 360) and (torch.bincount(test.labels) - both / 5).abs().max() < 1
+    assert both.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     assert set(images.signal(images.pixels).unique().tolist()) == {i / 8 - 1 for i in range(17)}
-
-
-def test_subsets_are_stratified_and_always_the_same():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
     rows = data.stratified_sample(labels, 11)
-    assert rows.tolist() == sorted(set(rows.tolist())) and torch.bincount(labels[rows]).tolist() == [6, 3, 2]
-    assert torch.equal(rows, data.stratified_sample(labels, 11))
-    assert set(data.stratified_sample(labels, 10).tolist()) < set(data.stratified_sample(labels, 20).tolist())
-    whole, _ = data.load_dataset(settings.settings({}))
-    images, held = data.load_dataset(settings.settings({"val": 0.2}))
-    assert len(held) == round(0.2 * 1437) and len(images) + len(held) == 1437
-    everything, seen, unseen = ({bytes(x.numpy()) for x in part.pixels} for part in (whole, images, held))
-    assert not seen & unseen and seen | unseen == everything
+    assert torch.bincount(labels[rows]).tolist() == [6, 3, 2] and torch.equal(rows, data.stratified_sample(labels, 11))
+    seen, held = data.load_dataset(settings.settings({"val": 0.2}))
+    whole, seen, unseen = ({bytes(x.numpy()) for x in part.pixels} for part in (images, seen, held))
+    assert len(held) == round(0.2 * 1437) and not seen & unseen and seen | unseen == whole
 
 
 @folder()
 def test_image_files_of_every_mode():
+    """A file of some mode is not decoded as what it shows, or 16 bits are clipped."""
     from PIL import Image
     ramp = np.linspace(0, 255, 24 * 20).reshape(20, 24).astype(np.uint8)
     colour = np.stack([ramp, ramp.T.reshape(20, 24), 255 - ramp], -1)
-    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     for mode in ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK"):
         Image.fromarray(colour).convert(mode).save(mode + (".jpg" if mode == "CMYK" else ".png"))
     for name, pixels in (("deep.png", ramp.astype(np.uint16) * 257), ("deep.tif", ramp.astype(np.int32) * 257),
-                         ("shallow.png", ramp), ("board.png", board)):
+                         ("shallow.png", ramp)):
         Image.fromarray(pixels).save(name)
     decoded = {path.name: data.decode(path, 16).float() for path in Path().iterdir()}
-    assert len(decoded) == 11 and all(x.shape == (3, 16, 16) for x in decoded.values())
-    assert all(x.std() > 20 for name, x in decoded.items() if name != "board.png")
-    for name in ("deep.png", "deep.tif"):  # 16 bits are scaled, not clipped
-        assert (decoded[name] - decoded["shallow.png"]).abs().max() <= 1
-    assert torch.equal(decoded["RGBA.png"], decoded["RGB.png"]) and data.decode("L.png", 16).dtype == torch.uint8
-    assert (decoded["board.png"] - 127.5).abs().max() < 10  # antialiased
+    assert len(decoded) == 10 and all(x.shape == (3, 16, 16) and x.std() > 20 for x in decoded.values())
+    assert all((decoded[name] - decoded["shallow.png"]).abs().max() <= 1 for name in ("deep.png", "deep.tif"))
+    assert torch.equal(decoded["RGBA.png"], decoded["RGB.png"])
 
 
 @folder()
 def test_folder_resident_and_streamed_agree():
-    root = image_folder("set", second="val")
-    args = settings.settings({"dataset": str(root), "size": 8, "workers": 2})
+    """A folder too large for memory gives other images than one that is held, or is held all the same."""
+    args = settings.settings({"dataset": str(image_folder("set", second="val")), "size": 8, "workers": 2})
     images, test = data.load_dataset(args)
     assert (len(images), len(test), images.classes, images.channels) == (36, 12, ["a", "b", "c"], 3)
     with replaced(data, "RESIDENT_BYTES", 0):
         streamed, _ = data.load_dataset(args)
-        args.train_size = 1
-        assert len(data.load_dataset(args)[0]) == 1
     assert images.pixels is not None and streamed.pixels is None
     order = [torch.tensor([5, 0, 35]), torch.tensor([7])]
     for workers in (0, 2):
@@ -542,38 +435,23 @@ def test_folder_resident_and_streamed_agree():
 
 
 @folder()
-def test_folder_of_many_files():
-    """Of an image that does not fit, a path is in memory: less than a kilobyte, where the decoded image has twelve."""
-    with replaced(data, "RESIDENT_BYTES", 0):
-        image_folder("many", train_images=1, test_images=1, classes="0123456789")
-        for source in Path().glob("many/train/*/000.png"):
-            for i in range(1, 1000):
-                os.link(source, source.with_name(f"{i:03d}.png"))
-        tracemalloc.start()
-        images, _ = data.load_dataset(settings.settings({"dataset": "many", "size": 64}))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert len(images) == 10_000 and images.pixels is None and peak < 10_000_000, peak
-
-
-@folder()
 def test_torchvision_files():
-    """Fashion-MNIST in its own file format, made here, read by torchvision's class; no network."""
+    """Fashion-MNIST, made here in its own file format, is not read as written, or not resized."""
     raw, rng = Path("data/FashionMNIST/raw"), np.random.default_rng(0)
     raw.mkdir(parents=True)
     for split, n in (("train", 40), ("t10k", 20)):
         images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 10
         for name, header, x in (("images-idx3", [0x803, n, 28, 28], images), ("labels-idx1", [0x801, n], labels)):
             (raw / f"{split}-{name}-ubyte").write_bytes(np.array(header, ">i4").tobytes() + x.tobytes())
-    args = settings.settings({"dataset": "fashion_mnist"})
-    found, test = data.load_dataset(args)
-    assert found.pixels.shape == (40, 1, 28, 28) and len(test) == 20 and len(found.classes) == 10
+    found, test = data.load_dataset(settings.settings({"dataset": "fashion_mnist"}))
+    assert found.pixels.shape == (40, 1, 28, 28) and len(found.classes) == 10
     assert torch.equal(test.pixels[:, 0], torch.from_numpy(images)) and test.labels.tolist() == labels.tolist()
-    args.size = 14
-    assert data.load_dataset(args)[0].pixels.shape == (40, 1, 14, 14)
+    small, _ = data.load_dataset(settings.settings({"dataset": "fashion_mnist", "size": 14}))
+    assert small.pixels.shape == (40, 1, 14, 14)
 
 
 def test_augmentation_at_low_resolution():
+    """It is not a crop out of 4 pixels of reflection, flipped where that is asked."""
     images, u = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.rand(20, 6)
     for flip in (False, True):
         for n, got in enumerate(data.augment(images, u, flip).numpy()):
@@ -584,15 +462,13 @@ def test_augmentation_at_low_resolution():
 
 
 def test_augmentation_at_high_resolution():
-    size = 64
+    """Angle, area or flip is not what was drawn. On ramps bilinear look-up is exact: differences give the map back."""
+    size, u = 64, torch.rand(50, 6)
     y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="ij")
-    ramps = torch.stack([x, y]).expand(200, -1, -1, -1)
-    still = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5, 0.9]).expand(200, 6)  # no angle, whole area, centred, no flip
-    mirrored = still * torch.tensor([1, 1, 1, 1, 1, 0.1])
-    for u, flip, expected in ((still, True, ramps), (mirrored, True, ramps.flip(-1)), (mirrored, False, ramps)):
-        assert torch.allclose(data.augment(ramps, u, flip), expected, atol=1e-5)
-    # On linear ramps bilinear look-up is exact, so finite differences give back the map: scale, aspect and angle.
-    u = torch.rand(200, 6)
+    ramps = torch.stack([x, y]).expand(50, -1, -1, -1)
+    still = torch.tensor([0.5, 1.0, 0.5, 0.5, 0.5, 0.1]).expand(50, 6)  # no angle, whole area, centred
+    for flip, expected in ((False, ramps), (True, ramps.flip(-1))):
+        assert torch.allclose(data.augment(ramps, still, flip), expected, atol=1e-5)
     u[:, 3:5] = 0.5
     centre = slice(size // 2 - 4, size // 2 + 4)
     moved = data.augment(ramps, u, False)[:, :, centre, centre]
@@ -600,13 +476,12 @@ def test_augmentation_at_high_resolution():
     along_y = moved.diff(dim=-2).mean((-1, -2)) * size / 2
     w, h = along_x.norm(dim=1), along_y.norm(dim=1)
     assert torch.allclose(w * h, 0.8 + 0.2 * u[:, 1], atol=1e-4) and w.max() <= 1.0001 and h.max() <= 1.0001
-    assert (w / h).min() > 3 / 4 and (w / h).max() < 4 / 3
-    angle = torch.atan2(along_x[:, 1], along_x[:, 0])
-    assert torch.allclose(angle, (2 * u[:, 0] - 1) * math.pi / 6, atol=1e-4)
+    assert torch.allclose(torch.atan2(along_x[:, 1], along_x[:, 0]), (2 * u[:, 0] - 1) * math.pi / 6, atol=1e-4)
 
 
 @folder()
 def test_bad_data():
+    """Data that are missing, split unevenly or broken give no line that names them."""
     import torchvision
 
     def no_network(self):
@@ -616,69 +491,59 @@ def test_bad_data():
         refused(["--dataset", "mnist", "--data-root", "empty"], "empty", "MNIST/raw", "no network here")
     Path("one-split/train/a").mkdir(parents=True)
     refused(["--dataset", "one-split"], "one-split")
-    image_folder("one-class", classes="a")
-    refused(["--dataset", "one-class", "--batch-size", "4"], "one class")
-    shutil.copytree(image_folder("other"), "differ")
-    Path("differ/test/c").rename("differ/test/d")
-    refused(["--dataset", "differ", "--batch-size", "4"], "differ", "c, d")
-    broken = os.path.join("other", "train", "b", "005.png")
-    Path(broken).write_bytes(b"not an image")
-    refused(["--dataset", "other", "--size", "8", "--batch-size", "4", "--workers", "0"], broken, "decoded")
+    (image_folder("other") / "test" / "c").rename("other/test/d")
+    refused(["--dataset", "other", "--batch-size", "4"], "other", "c, d")
+    Path("other/test/d").rename("other/test/c")
+    Path("other/train/b/005.png").write_bytes(b"not an image")
+    refused("--dataset other --size 8 --batch-size 4 --workers 0".split(), "other/train/b/005.png", "decoded")
 
 
 # ---- settings.py ---------------------------------------------------------------------------------
 
 def test_recipes_and_command_lines():
+    """A data set has another recipe than the README's, or the command that is printed makes another run."""
     digits, cifar, large = map(flags, ([], ["--dataset", "cifar10"], "--dataset set --size 64 --steps 6".split()))
-    assert (digits.size, digits.width, digits.epochs, digits.lr) == (8, 64, 15, 3e-3)
-    assert (cifar.size, cifar.width, cifar.epochs, cifar.steps, cifar.omega, cifar.lr) == (32, 128, 10, 6, 10, 1e-4)
+    assert (digits.size, digits.width, digits.epochs) == (8, 64, 15)
+    assert (cifar.size, cifar.width, cifar.epochs, cifar.steps, cifar.omega) == (32, 128, 10, 6, 10)
     assert (large.width, large.epochs, large.omega, large.fraction, large.steps) == (128, 40, 30, 0.25, 6)
-    for argv in ([], [*TINY[:-2], "--augment", "--lr", "1e-5", "--val", "0.1"],
-                 ["--dataset", "a folder", "--size", "64", "--omega", "10", "--out", "it's.pt"]):
+    for argv in ([], [*TINY[:-2], "--augment"], ["--dataset", "a folder", "--size", "64", "--omega", "10"]):
         again = shlex.split(settings.command_line(flags(argv)))
-        assert again[:2] == ["python", "train.py"] and len(again) <= len(argv) + 2
-        assert flags(again[2:]) == flags(argv)
+        assert again[:2] == ["python", "train.py"] and flags(again[2:]) == flags(argv)
 
 
 @folder()
 def test_bad_values():
-    cases = """--steps -3 = --steps; --steps 0 = --steps; --steps ² = --steps; --fraction 0 = --fraction
-        --fraction 1.5 = --fraction; --fraction 0.001 = pixel; --lr nan = --lr; --lr inf = --lr; --w-task -1 = --w-task
-        --epochs two = --epochs; --val 1 = --val; --head-dim 5 = --head-dim; --batch-size 5000 = 1437
-        --train-size 9999 = 1437; --train-size 10 = --batch-size; --device tpu9 = --device; --device cuda:99 = --device
-        --device meta = --device; --precision fp8 = --precision; --out nowhere/out.pt = nowhere; --out out.txt = .pt
-        --no-such-flag = --no-such-flag; --steps-test 9 = --shared-lr; --dataset no/such/folder = no/such/folder
-        --dataset = --dataset; --eval-only = --ckpt; --resume = out.pt; --init-from gone.pt = gone.pt
-        --eval-only --ckpt gone.pt = gone.pt; --ckpt out.pt = --eval-only; --branch column:64 = column
-        --branch column:-1 = --branch; --branch weight = --branch; --w-cluster -1 = --w-cluster
-        --readout -1 = --readout; --width 99999999999999999999 --head-dim 1 = --width"""
+    """A wrong flag, value or file name gives no line that names it, or a file is overwritten."""
+    cases = """--steps 0 = --steps; --steps two = --steps; --fraction 1.5 = --fraction; --fraction 0.001 = pixel
+        --lr nan = --lr; --head-dim 5 = --head-dim; --batch-size 5000 = 1437
+        --train-size 9999 = 1437; --device tpu9 = --device; --precision fp8 = --precision; --steps-test 9 = --shared-lr
+        --out nowhere/out.pt = nowhere; --out out.txt = .pt; --out dir.pt = dir.pt; --out precious.pt = overwrite
+        --no-such-flag = --no-such-flag; --dataset no/such/folder = no/such/folder; --dataset = --dataset
+        --eval-only = --ckpt; --ckpt out.pt = --eval-only; --eval-only --ckpt gone.pt = gone.pt; --resume = out.pt
+        --init-from gone.pt = gone.pt; --branch column:64 = column; --branch weight = --branch
+        --width 99999999999999999999 --head-dim 1 = --width"""
+    Path("dir.pt").mkdir()
+    Path("precious.pt").write_text("something else")
     for case in cases.replace("\n", ";").split(";"):
         argv, word = case.split(" = ")
         refused(argv.split(), word.strip())
-    refused(["--out", ""], "--out")
-    Path("dir.pt").mkdir()
-    refused(["--out", "dir.pt"], "dir.pt")
-    Path("precious.pt").write_text("something else")
-    refused(["--out", "precious.pt"], "precious.pt", "overwrite")
 
 
 # ---- train.py: the model -------------------------------------------------------------------------
 
 def test_what_a_model_looks_at():
+    """Evaluation does not always draw the same pixels for all images, or training does not draw each image its own."""
     model, (images, _) = tiny_model(fraction=0.5), batch()
-    coords, values = model.look(images, 4)  # in evaluation: the same pixels of all images, always
+    coords, values = model.look(images, 4)  # in evaluation: the same pixels of all images
     assert coords.shape == (4, 5, 18, 2) and values.shape == (4, 5, 18, 3)
     assert torch.equal(coords, coords[:, :1].expand_as(coords)) and not torch.equal(coords[0], coords[1])
-    assert torch.equal(coords[:, :2], model.look(images[3:], 4)[0])
-    coords, values = model.look(images, 4, generator("a"))  # in training: each image its own
+    coords, _ = model.look(images, 4, generator("a"))
     assert not torch.equal(coords[:, 0], coords[:, 1])
-    rows, columns = ((coords + 1) * 2.5).round().long().unbind(-1)
-    for n in range(5):
-        assert torch.equal(values[:, n], images[n][:, rows[:, n], columns[:, n]].permute(1, 2, 0))
 
 
 @float64()
 def test_tokens_logits_and_reconstructions():
+    """A token is not its neuron, logits depend on the batch, or a reconstruction is not the field."""
     model, (images, _) = tiny_model(depth=3), batch()
     phi, theta, tokens = model.adapt(images), model.siren.anchor(), model.fit(images)
     assert tokens.shape == (5, 24, 9)
@@ -687,75 +552,58 @@ def test_tokens_logits_and_reconstructions():
         assert apart(tokens[n, 8 * layer + neuron], moved) <= 1e-12
     logits, trace = model.trace(tokens)
     assert torch.equal(logits, model.read(tokens)) and len(trace) == 5
-    for n in range(5):  # an image's logits do not depend on its batch
+    for n in range(5):
         assert apart(model.read(model.fit(images[n:n + 1]))[0], logits[n]) <= 1e-10
-    swapped = tokens[:, [3, 1, 2, 0, *range(4, 24)]]
-    assert apart(model.read(swapped), logits) <= 1e-12  # beta is 0 at the start
-    torch.nn.init.normal_(model.reader.beta, std=0.01)
-    assert apart(model.read(swapped), model.read(tokens)) > 1e-4
     shown = model.siren(model.coords, theta).T.reshape(3, 6, 6).clamp(-1, 1)
     assert apart(model.reconstruct(images, 0), shown.expand(5, -1, -1, -1)) <= 1e-12
 
 
 @float64()
 def test_centred_colour():
-    """Another mean colour changes neither weights nor error; it reaches the logits through the colour branch alone."""
-    model, plain, (images, labels) = tiny_model(centre_colour=True, branch="colour"), tiny_model(), batch()
+    """The mean colour reaches the weights or the error, or the logits other than through the colour branch."""
+    model, (images, labels) = tiny_model(centre_colour=True, branch="colour"), batch()
     torch.nn.init.normal_(model.reader.branch.down.weight)
     tokens, colour = model.fit(images), images.mean((2, 3))
     other = images + torch.tensor([0.1, -0.2, 0.3])[:, None, None]
-    assert apart(model.fit(other), tokens) <= 1e-10 and apart(plain.fit(other), plain.fit(images)) > 1e-2
-    assert apart(tokens, plain.fit(images - colour[..., None, None])) <= 1e-12
-    (_, a), (_, b) = (model.fit_and_error(*model.look(x, 4)) for x in (images, other))
-    assert apart(a, b) <= 1e-10
-    seen = model.look(images, 4)
-    assert apart(model.colour(seen[1]), colour) <= 1e-12
+    assert apart(model.fit(other), tokens) <= 1e-10
+    assert apart(tokens, tiny_model().fit(images - colour[..., None, None])) <= 1e-12
     expected = F.cross_entropy(model.reader(tokens, colour), labels)
-    assert apart(model(*seen, labels)[0], expected) <= 1e-10
-    assert apart(expected, F.cross_entropy(model.read(tokens), labels)) > 1e-3
-    # the clamp is to what a pixel can be, not to what a centred one can be
-    bright = images + 0.95
-    phi, error = model.fit_and_error(*model.look(bright, 4), clamp=True)
-    shown = (model.siren(model.coords, phi) + bright.mean((2, 3))[:, None]).clamp(-1, 1)
-    assert (shown == 1).any() and apart(error, (shown - bright.flatten(2).mT).square().mean((1, 2))) <= 1e-12
-    assert apart(model.reconstruct(bright), shown.mT.reshape(images.shape)) <= 1e-12
-    drawn = tiny_model(centre_colour=True, fraction=0.5)  # of drawn pixels: the mean of what was drawn
-    _, values = drawn.look(images, 4, generator("a"))
-    pixels = draw_pixels(4, 5, 36, 0.5, generator("a"))
-    mean = torch.stack([images.flatten(2)[n][:, pixels[:, n].flatten()].mean(1) for n in range(5)])
-    assert apart(drawn.colour(values), mean) <= 1e-12
+    assert apart(model(*model.look(images, 4), labels)[0], expected) <= 1e-10
+    phi, error = model.fit_and_error(*model.look(images + 0.95, 4), clamp=True)  # to what a pixel can be
+    shown = (model.siren(model.coords, phi) + colour[:, None] + 0.95).clamp(-1, 1)
+    assert apart(error, (shown - (images + 0.95).flatten(2).mT).square().mean((1, 2))) <= 1e-12
+    drawn = tiny_model(centre_colour=True, fraction=0.5)  # of drawn pixels: the mean of all that were drawn
+    coords, values = drawn.look(images, 4, generator("a"))
+    expected = drawn.inner_loop.descend(drawn.siren, coords[:-1], values[:-1] - values.mean((0, 2))[:, None])
+    assert apart(drawn.fit_and_error(coords, values)[0], expected) <= 1e-12
 
 
 @float64()
-def test_contrastive_loss_against_the_equation():
-    """It drives theta and alpha, and leaves the reader's gradient alone."""
-    x, labels = torch.randn(7, 5), torch.tensor([0, 0, 1, 1, 1, 2, 0])  # the 2 is alone
+def test_contrastive_loss_by_hand():
+    """It is not Khosla's equation 2, does not drive theta and alpha with its weight, or reaches the reader."""
+    x, labels = torch.randn(7, 5), torch.tensor([0, 0, 1, 1, 1, 2, 0])  # the 2 is alone: left out
     z, terms = F.normalize(x, dim=1), []
     for i in (0, 1, 2, 3, 4, 6):
-        others = [a for a in range(7) if a != i]
-        e = {a: math.exp(float(z[i] @ z[a]) / 0.1) for a in others}
-        positive = [-math.log(e[a] / sum(e.values())) for a in others if labels[a] == labels[i]]
+        e = {a: math.exp(float(z[i] @ z[a]) / 0.1) for a in range(7) if a != i}
+        positive = [-math.log(e[a] / sum(e.values())) for a in e if labels[a] == labels[i]]
         terms.append(sum(positive) / len(positive))
-    for scale in (1, 3):
-        assert abs(float(supervised_contrastive(scale * x, labels)) - sum(terms) / 6) <= 1e-12
+    assert abs(float(supervised_contrastive(3 * x, labels)) - sum(terms) / 6) <= 1e-12
     assert float(supervised_contrastive(x, torch.arange(7))) == 0
     images, labels = batch()[0], torch.tensor([0, 0, 1, 1, 2])
-    clustered, without, alone = tiny_model(w_cluster=0.3), tiny_model(), tiny_model()
-    for model in (clustered, without):
-        model(*model.look(images, 4), labels)[:3].sum().backward()
-    phi = alone.adapt(images)
-    rows = [(phi.first - alone.siren.first).flatten(1), alone.tokens(phi).flatten(1)]
-    (0.3 * supervised_contrastive(torch.cat(rows, 1), labels)).backward()
-    got, base, expected = grads(clustered), grads(without), grads(alone)
-    for name in ("siren", "inner_loop"):
-        assert apart([a - b for a, b in zip(got[name], base[name])], expected[name]) <= 1e-9
-    assert all(map(torch.equal, got["reader"], base["reader"]))
+    model = tiny_model(w_cluster=0.3)
+    phi = model.adapt(images)
+    rows = [(phi.first - model.siren.first).flatten(1), model.tokens(phi).flatten(1)]
+    loss = model(*model.look(images, 4), labels)[2]
+    assert apart(loss, 0.3 * supervised_contrastive(torch.cat(rows, 1), labels)) <= 1e-12
+    loss.backward()
+    assert not any(g.any() for g in grads(model)["reader"])
+    assert all(p.grad.any() for p in (*model.siren.anchor(), *model.inner_loop.parameters()))
 
 
 def test_same_core_whatever_the_reader():
+    """Two variants of one seed start from other weights, so that luck is compared too."""
     one = tiny_model()
-    for more in (dict(reader_depth=3, w_task=0.0), dict(readout=2), dict(branch="bias"), dict(branch="column:3"),
-                 dict(centre_colour=True, branch="colour"), dict(w_cluster=1.0)):
+    for more in (dict(reader_depth=3), dict(readout=2), dict(branch="column:3")):
         other = tiny_model(**more).state_dict()
         assert all(torch.equal(v, other[k]) for k, v in one.state_dict().items())
     denser = tiny_model(steps=7).state_dict()  # the same first step sizes
@@ -764,23 +612,9 @@ def test_same_core_whatever_the_reader():
     assert not torch.equal(one.siren.first, tiny_model(seed=1).siren.first)
 
 
-def test_precision_bf16_stays_close():
-    """The reader alone is in bfloat16, the losses are not."""
-    images, labels = batch()
-    exact, rough = tiny_model(), tiny_model(precision="bf16")
-    a, b = (model(*model.look(images, 4), labels).detach() for model in (exact, rough))
-    assert a[1] == b[1] and a[0] != b[0] and abs(float(a[0] - b[0])) < 0.05
-    fits = train.Fits(rough.fit(images), labels, torch.ones(5))
-    frozen = train.reader_task(rough.read, fits).forward(*fits).detach()
-    assert frozen.dtype == torch.float32 and abs(float(frozen[0] - b[0])) < 1e-6
-    with folder():
-        trained(TINY, "--precision bf16")
-        assert all(p.dtype == torch.float32 for p in load_checkpoint("out.pt")[0].parameters())
-
-
-def test_psnr_and_evaluation_against_one_image_at_a_time():
+def test_psnr_and_evaluation_one_image_at_a_time():
+    """Accuracy, its interval or PSNR are not those of the test images, or depend on what is drawn."""
     assert abs(float(train.psnr(torch.tensor(0.04))) - 20) < 1e-5  # in [0, 1]: MSE 0.01
-    assert float(train.psnr(torch.tensor(0.0))) == 100
     args = settings.settings({"test_size": 30, "width": 8, "head_dim": 4})
     _, test = data.load_dataset(args)
     model = train.MWT(args, 1, 10).requires_grad_(False)
@@ -790,29 +624,25 @@ def test_psnr_and_evaluation_against_one_image_at_a_time():
         right.append(int(model.read(model.tokens(phi)).argmax()) == int(label))
         error = (model.siren(model.coords, phi)[0].clamp(-1, 1) - image.flatten(1).mT) / 2
         decibels.append(10 * math.log10(1 / float(error.square().mean())))
-    p = np.mean(right)
-    assert result["test_accuracy"] == p and abs(result["test_psnr"] - np.mean(decibels)) < 1e-3
-    for x in result["test_interval"]:  # Wilson (1927): the roots x of (p - x)^2 = z^2 x (1 - x) / n
-        assert abs((p - x) ** 2 - 1.959964 ** 2 * x * (1 - x) / 30) < 1e-9
+    assert result["test_accuracy"] == np.mean(right) and abs(result["test_psnr"] - np.mean(decibels)) < 1e-3
+    assert result["test_interval"] == list(measures.wilson(sum(right), 30))
     model.fraction = 0.3
-    assert train.evaluate(model, test) == train.evaluate(model, test) != result  # the same pixels each time
+    assert train.evaluate(model, test) == train.evaluate(model, test) != result
 
 
 # ---- train.py: the outer loop --------------------------------------------------------------------
 
 @folder()
 def test_training_learns_and_reports():
-    """A small run on digits gets well above chance, and writes what it says it writes."""
-    out = trained("--train-size 700 --epochs 5 --width 32 --depth 1 --reader-depth 2 --steps 3 --lr 1e-2 "
-                  "--test-size 180 --val 0.2", draw=True)
+    """A small run on digits stays near chance, or its files or its last line do not say how it went."""
+    out = trained("--train-size 600 --epochs 3 --width 32 --depth 1 --reader-depth 1 --steps 2 --lr 2e-2 "
+                  "--test-size 120 --val 0.2", draw=True)
     r, before = report(), Path("out.pt").read_bytes()
-    assert r["test_accuracy"] > 0.75 and r["test_psnr"] > 20
-    assert r["epochs"][0]["loss"] > r["epochs"][-1]["loss"] and len(r["epochs"]) == 5
-    assert r["epochs"][-1]["test_accuracy"] == r["test_accuracy"] and r["seconds"] > 0
-    assert r["flags"]["width"] == 32 and r["versions"]["torch"] == torch.__version__
+    assert r["test_accuracy"] > 0.6 and r["test_psnr"] > 18 and r["epochs"][0]["loss"] > r["epochs"][-1]["loss"]
+    assert len(r["epochs"]) == 3 and r["epochs"][-1]["test_accuracy"] == r["test_accuracy"]
     assert Path("out.png").read_bytes().startswith(b"\x89PNG") and not Path("out.pt.tmp").exists()
     assert set(read_checkpoint("out.pt")) == {"format", "version", "method", "args", "data", "model", "metrics"}
-    assert "95% interval" in out and "held-out" in out and out.count("\nepoch") == 5
+    assert "95% interval" in out and "held-out" in out and out.count("\nepoch") == 3
     assert f"{100 * r['test_accuracy']:.2f}%" in trained("--eval-only --ckpt out.pt")
     assert Path("out.pt").read_bytes() == before and "finished" in trained("--resume")
 
@@ -820,7 +650,7 @@ def test_training_learns_and_reports():
 @float64()
 @folder()
 def test_outer_steps_by_hand():
-    """Three steps with the rates of OneCycleLR and the clipping written out, on textbook gradients."""
+    """Steps are not AdamW at OneCycleLR's rates, each group clipped to norm 1, on textbook gradients."""
     trained(TINY, "--epochs 3 --train-size 16 --lr 0.02 --lr-alpha 0.3 --weight-decay 0.1 --w-task 1")
     got, args = load_checkpoint("out.pt")
     images, _ = data.load_dataset(args)
@@ -831,7 +661,7 @@ def test_outer_steps_by_hand():
         rows = torch.randperm(16, generator=generator("order", 0, t))
         optimizer.zero_grad()
         model(*model.look(images.signal(images.pixels[rows]), 3), images.labels[rows])[:2].sum().backward()
-        # OneCycleLR (Smith & Topin 2018) with a warm-up of 0.05 of 3 steps: all three are on the way down.
+        # OneCycleLR with a warm-up of 0.05 of 3 steps: all three are on the way down.
         fall = (1 + math.cos(math.pi * (t - (0.05 * 3 - 1)) / (2 - (0.05 * 3 - 1)))) / 2
         for top, group in zip((0.02, 0.3, 0.02), optimizer.param_groups, strict=True):
             group["lr"] = top / 25e4 + (top - top / 25e4) * fall
@@ -841,51 +671,50 @@ def test_outer_steps_by_hand():
             for p in group["params"]:
                 p.grad *= min(1, 1 / (norm + 1e-6))
         optimizer.step()
-    assert clipped, "no gradient was long enough to be clipped"
-    assert apart(got.parameters(), model.parameters()) <= 1e-9
+    assert clipped and apart(got.parameters(), model.parameters()) <= 1e-9
 
 
 @folder()
 def test_augmentation_reaches_the_run():
+    """Images are augmented where that was not asked, or digits mirrored, which have no mirror image."""
     seen = []
 
     def spy(images, u, flip):
         seen.append(flip)
         return plain(images, u, flip)
+
     image_folder("set")
     with replaced(data, "augment", spy) as plain:
-        trained(TINY, "--epochs 1")
-        assert not seen
-        trained(TINY, "--epochs 1 --augment")
-        trained(TINY, "--epochs 1 --augment --train-size 32 --test-size 9 --dataset set --size 8 --out set.pt")
-    assert seen == [False] * 10 + [True] * 2  # digits have no mirror image
+        for more in ("", "--augment", "--augment --train-size 32 --test-size 9 --dataset set --size 8"):
+            trained(TINY, "--epochs 1", more)
+    assert seen == [False] * 10 + [True] * 2
 
 
 @folder()
 def test_shared_step_sizes_and_steps_at_test_time():
+    """--steps-test is not the number of inner steps in evaluation: of a new run, of --eval-only, of frozen fits."""
     for more in ([], ["--freeze-siren"]):
         trained(TINY, "--epochs 1 --shared-lr --steps-test 5", more)
         psnr = {}
-        for k in (1, 2, 5):
+        for k in (1, 5):
             trained(f"--eval-only --ckpt out.pt --steps-test {k} --out now.pt")
             psnr[k] = round(report("now")["test_psnr"], 3)
-        assert len(set(psnr.values())) == 3 and psnr[5] == round(report()["test_psnr"], 3), more
-    assert "--eval-only" in report("now")["command"] and "--eval-only" not in report()["command"]
+        assert psnr[1] != psnr[5] == round(report()["test_psnr"], 3), more
 
 
 @folder()
 def test_loss_that_is_not_finite_stops_the_run():
+    """It goes on, is saved over the last good checkpoint, or is not named with its epoch and step."""
+    trained(TINY, "--epochs 1")
+    good = Path("out.pt").read_bytes()
     status, _, err = command([*TINY, *"--epochs 1 --batch-size 160 --lr 1e38 --lr-alpha 1e38".split()])  # one step
-    assert status == 1 and "epoch 1, step 1" in err and not Path("out.pt").exists(), err
-    status, _, err = command([*TINY, *"--epochs 40 --lr 1e37 --save-minutes 0".split()])
-    assert status == 1 and "not finite at epoch" in err and err.count("\n") == 1, err
-    if Path("out.pt").exists():
-        model, _ = load_checkpoint("out.pt")
-        assert all(torch.isfinite(p).all() for p in model.parameters()) and "last good checkpoint" in err
+    assert status == 1 and "epoch 1, step 1; out.pt is the last good checkpoint" in err and err.count("\n") == 1, err
+    assert Path("out.pt").read_bytes() == good
 
 
 @folder()
-def test_broken_image_met_while_streaming_is_named_after_saving():
+def test_broken_image_met_while_streaming():
+    """It is not named, what was learned so far is not saved, or the run does not go on once it is mended."""
     argv = [*TINY, *"--dataset set --size 64 --fraction 0.01 --augment --train-size 36 --test-size 9".split()]
     with replaced(data, "RESIDENT_BYTES", 0):
         file = image_folder("set") / "train" / "b" / "005.png"
@@ -896,44 +725,42 @@ def test_broken_image_met_while_streaming_is_named_after_saving():
             assert status == 2 and err.count("\n") == 1 and "005.png" in err, err
             assert read_checkpoint(f"{workers}.pt")["progress"]["step"] < 9
         file.write_bytes(whole)
-        assert "waiting for data" in trained("--resume --out 2.pt")
-        assert all(0 < epoch["waiting_for_data"] < epoch["seconds"] for epoch in report("2")["epochs"])
+        assert "waiting for data" in trained("--resume --out 0.pt")
+        assert all(0 < epoch["waiting_for_data"] < epoch["seconds"] for epoch in report("0")["epochs"])
 
 
 # ---- train.py: interrupted runs, several processes -----------------------------------------------
 
-@folder()
-def test_signals_save_and_say_how_to_resume():
-    """The signal comes in the 15th of 20 steps. What was stopped is not overwritten, and goes on bit for bit."""
+@contextlib.contextmanager
+def signal_at(step: int, number: int):
+    """In that step of a run this process gets the signal."""
     steps = []
 
-    def spy(images, u, flip):
-        steps.append(len(steps) + 1)
-        if steps[-1] == 15:
+    def spy(*batch):
+        steps.append(batch)
+        if len(steps) == step:
             os.kill(os.getpid(), number)
-        return plain(images, u, flip)
+        return plain(*batch)
+    with replaced(train, "backward", spy) as plain:
+        yield
+
+
+@folder()
+def test_signals_save_and_say_how_to_resume():
+    """Ctrl-C or SIGTERM in step 15 of 20 loses a step, the way on or the file, or changes the weights by a bit."""
     out = ["--out", "a run.pt"]
-    with replaced(data, "augment", spy) as plain:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.getsignal(number)
-            steps.clear()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+        with signal_at(15, number):
             status, _, err = command([*TINY, "--augment", *out])
-            assert status == 128 + number and "train.py --resume --out 'a run.pt'" in err and err.count("\n") == 1, err
-            progress = read_checkpoint("a run.pt")["progress"]
-            assert (progress["epoch"], progress["step"]) == (1, 5) and signal.getsignal(number) == before
-            refused([*TINY, *out], "--resume")
-            refused(["--resume", *out, "--lr", "0.5"], "--lr")
-            trained(["--resume", *out, "--save-minutes", "1"])
-        trained(TINY, "--augment --out straight.pt")
-        assert same(*(read_checkpoint(name)["model"] for name in ("straight.pt", "a run.pt")))
-
-
-def position(path) -> float:
-    """Steps done, of 20 an epoch, as the checkpoint says; 0 without one, infinite when it is finished."""
-    if not Path(path).exists():
-        return 0
-    progress = read_checkpoint(path).get("progress", {"epoch": math.inf, "step": 0})
-    return 20 * progress["epoch"] + progress["step"]
+        assert status == 128 + number and "train.py --resume --out 'a run.pt'" in err and err.count("\n") == 1, err
+        progress = read_checkpoint("a run.pt")["progress"]
+        assert (progress["epoch"], progress["step"]) == (1, 5) and signal.getsignal(number) == before
+        refused([*TINY, *out], "--resume")
+        refused(["--resume", *out, "--lr", "0.5"], "--lr")
+        trained(["--resume", *out, "--save-minutes", "1"])
+    trained(TINY, "--augment --out straight.pt")
+    assert same(*(read_checkpoint(name)["model"] for name in ("straight.pt", "a run.pt")))
 
 
 def same_epochs(a: dict, b: dict, tolerance: float) -> bool:
@@ -944,13 +771,16 @@ def same_epochs(a: dict, b: dict, tolerance: float) -> bool:
 
 @folder()
 def test_resume_after_kill_bit_for_bit():
-    """Four epochs in one go, against the same killed in epoch 2 and resumed."""
-    argv = [*TINY, *"--train-size 320 --epochs 4 --fraction 0.5 --augment --save-minutes 0".split()]
+    """A run killed in its second epoch and resumed ends with other weights or figures than one that was not."""
+    def progress():
+        return read_checkpoint("killed.pt").get("progress") if Path("killed.pt").exists() else None
+
+    argv = [*TINY, *"--train-size 320 --epochs 3 --fraction 0.5 --augment --save-minutes 0".split()]
     killed = start(HERE / "train.py", *argv, "--out", "killed.pt")
-    wait_for(lambda: position("killed.pt") > 22, killed)
+    wait_for(lambda: progress() and progress()["epoch"] >= 1 and progress()["step"] >= 2, killed)
     killed.kill()
     killed.communicate()
-    assert 22 < position("killed.pt") < 80, "the kill came too late"
+    assert progress(), "the kill came too late"
     trained("--resume --out killed.pt --save-minutes 5")
     trained(argv, "--out straight.pt --save-minutes 5")
     a, b = (read_checkpoint(p) for p in ("straight.pt", "killed.pt"))
@@ -959,25 +789,18 @@ def test_resume_after_kill_bit_for_bit():
 
 @folder()
 def test_two_processes_equal_one():
-    """torchrun, gloo, float64: two processes, stopped by SIGTERM and resumed, against one with twice the batch."""
+    """A run stopped by SIGTERM, then resumed by torchrun's two processes, each with half of the batch, ends with other
+    weights or figures than one process makes (gloo, float64)."""
     code = "import sys, torch\nsys.path.insert(0, sys.argv[1])\ntorch.set_default_dtype(torch.float64)\n" \
            "import train\ntrain.main(sys.argv[2:])"
-
-    def torchrun(*argv):
-        return start(*"-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split(), sys.executable,
-                     "-c", code, HERE, *argv)
-
-    argv = [*TINY, "--train-size", "320", "--test-size", "39"]
-    two = torchrun(*argv, "--batch-size", 8, "--out", "two.pt", "--save-minutes", 0)
-    wait_for(lambda: position("two.pt") > 2, two)
-    two.terminate()
-    _, _, err = finish(two)
-    assert "torchrun --nproc_per_node=2 train.py --resume --out two.pt" in err, err
-    assert 2 < position("two.pt") < 40, "the signal came too late"
-    status, out, err = finish(torchrun("--resume", "--out", "two.pt"))
-    assert status == 0 and out.count("\nepoch") == 2, (out, err)  # only the first process prints
+    argv = [*TINY, "--test-size", "39"]
     with float64():
+        with signal_at(13, signal.SIGTERM):
+            assert command([*argv, "--out", "two.pt"])[0] == 143
         trained(argv, "--out one.pt")
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split()
+    status, out, err = finish(start(*torchrun, sys.executable, "-c", code, HERE, "--resume", "--out", "two.pt"))
+    assert status == 0 and out.count("\nepoch") == 1, (out, err)  # only the first process prints
     a, b = (read_checkpoint(p) for p in ("one.pt", "two.pt"))
     assert list(a["model"]) == list(b["model"]) and a["model"]["siren.first"].dtype == torch.float64
     assert apart(b["model"].values(), a["model"].values()) <= 1e-9 and same_epochs(a, b, 1e-4)
@@ -987,30 +810,32 @@ def test_two_processes_equal_one():
 
 @folder()
 def test_frozen_siren_and_new_reader():
+    """WT-seq changes the INR, keeps the reader, trains on held-out images, needs wt.pt to resume or overwrites it."""
     trained(TINY, "--w-task 0 --seed 1 --out wt.pt --val 0.1")
-    trained(TINY, "--init-from wt.pt --freeze-siren --out seq.pt")
+    trained(TINY, "--init-from wt.pt --freeze-siren --augment --out seq.pt")
     (wt, _), (seq, args) = (load_checkpoint(p) for p in ("wt.pt", "seq.pt"))
     for name in ("siren", "inner_loop"):
         assert same(getattr(wt, name).state_dict(), getattr(seq, name).state_dict())
-    assert not torch.equal(wt.reader.embed.weight, seq.reader.embed.weight)
-    assert args.val == 0.1  # what the INR did not see stays unseen
-    Path("wt.pt").rename("moved.pt")
-    trained("--resume --out seq.pt")
-    Path("moved.pt").rename("wt.pt")
+    assert not torch.equal(wt.reader.embed.weight, seq.reader.embed.weight) and args.val == 0.1
     refused([*TINY, "--init-from", "wt.pt", "--out", "wt.pt"], "overwrite")
-    refused(["--init-from", "wt.pt", "--width", "16"], "--width")
+    refused([*TINY, "--init-from", "wt.pt", "--steps", "3"], "--steps 3")
+    Path("wt.pt").unlink()
+    trained("--resume --out seq.pt")
 
 
 @float64()
 @folder()
 def test_frozen_siren_fits_once_and_trains_the_same_reader():
+    """Fits that never change are made again, or others only once; they train another reader than images do; or such a
+    run, stopped and resumed, is not the same bit for bit."""
     fitted = []
 
-    def spy(self, siren, coords, values):
+    def fits(self, siren, coords, values):
         fitted.append(values.shape[1])
         return plain(self, siren, coords, values)
-    with replaced(MetaSGD, "descend", spy) as plain:
-        trained(TINY, "--epochs 4 --freeze-siren")
+
+    with replaced(MetaSGD, "descend", fits) as plain:
+        trained(TINY, "--epochs 3 --freeze-siren")
         assert 200 <= sum(fitted) < 250  # 160 and 40 images, and some for the pictures
         got, args = load_checkpoint("out.pt")
         model = train.MWT(args, 1, 10)  # the same, image by image
@@ -1019,356 +844,187 @@ def test_frozen_siren_fits_once_and_trains_the_same_reader():
         args.out = None
         fitted.clear()
         metrics = train.train(args, model, train.image_task(args, model, *data.load_dataset(args)))
-        assert sum(fitted) == 4 * 200 and apart(got.parameters(), model.parameters()) <= 1e-9
-        for x, y in zip(report()["epochs"], metrics["epochs"], strict=True):
-            assert all(abs(x[k] - y[k]) < 1e-6 for k in ("loss", "train_accuracy", "test_accuracy", "test_psnr"))
+        assert sum(fitted) == 3 * 200 and apart(got.parameters(), model.parameters()) <= 1e-9
+        assert same_epochs({"metrics": report()}, {"metrics": metrics}, 1e-6)
         for more in ("--fraction 0.5", "--augment"):  # no fit is the same twice
             fitted.clear()
-            trained(TINY, "--freeze-siren", more)
+            trained(TINY, "--freeze-siren --out drawn.pt", more)
             assert sum(fitted) >= 2 * 200
-
-
-@folder()
-def test_resume_of_a_frozen_run_bit_for_bit():
-    class Killed(BaseException):
-        pass
-
-    def spy(path, content):
-        plain(path, content)
-        if content.get("progress", {"epoch": 0})["epoch"] == 2:
-            raise Killed
-    with replaced(train, "save_checkpoint", spy) as plain, raises(Killed):
-        trained(TINY, "--epochs 3 --freeze-siren --out killed.pt")
-    assert len(read_checkpoint("killed.pt")["metrics"]["epochs"]) == 2
-    trained("--resume --out killed.pt")
-    trained(TINY, "--epochs 3 --freeze-siren --out straight.pt")
-    a, b = (read_checkpoint(name) for name in ("straight.pt", "killed.pt"))
+    with signal_at(13, signal.SIGTERM):
+        assert command([*TINY, *"--epochs 3 --freeze-siren --out stopped.pt".split()])[0] == 143
+    trained("--resume --out stopped.pt")
+    a, b = (read_checkpoint(name) for name in ("out.pt", "stopped.pt"))
     assert same(a["model"], b["model"]) and same_epochs(a, b, 0)
 
 
 @folder()
 def test_reader_learns_planted_classes():
+    """It does not learn what is there, scales tokens to another size, writes a file, or is not a matter of the seed."""
     g = generator("planted")
     directions = torch.randn(3, 6, 5, generator=g)
 
     def planted(n):
         labels = torch.randint(3, (n,), generator=g)
-        return 0.01 * (directions[labels] + torch.randn(n, 6, 5, generator=g)), labels
+        return 0.01 * (2 * directions[labels] + torch.randn(n, 6, 5, generator=g)), labels
     (tokens, labels), (others, other_labels) = planted(300), planted(200)
-    args = settings.settings(dict(width=8, head_dim=4, reader_depth=1, epochs=10, batch_size=16, lr=1e-2))
+    args = settings.settings(dict(width=8, head_dim=4, reader_depth=1, epochs=6, batch_size=16, lr=2e-2))
     reader = train.train_reader(tokens, labels, args)
     assert reader.beta.shape == (6, 5) and not list(Path().iterdir())
-    assert (reader(others).argmax(1) == other_labels).double().mean() > 0.95
+    assert (reader(others).argmax(1) == other_labels).double().mean() > 0.85
     assert abs(float((reader.token_scale * tokens).square().mean()) - 1) < 1e-5
     assert same(reader.state_dict(), train.train_reader(tokens, labels, args).state_dict())
-    args.seed = 1
-    assert not same(reader.state_dict(), train.train_reader(tokens, labels, args).state_dict())
 
 
-# ---- measures.py: geometry ------------------------------------------------------------------------------------------
+# ---- measures.py: geometry -----------------------------------------------------------------------
 
-
-def samples(seed=0, n=90, d=3, integers=False):
-    """Rows with many ties and duplicates, or without ties; three classes of unequal size."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(3, (n, d), generator=g).float() if integers else torch.randn(n, d, generator=g)
-    return x, torch.multinomial(torch.tensor([0.6, 0.3, 0.1]), n, replacement=True, generator=g)
-
-
-def planted_classes(seed, n, d, classes, spread=1.0):
+def planted_classes(seed, n=90, d=3, classes=3, spread=1.0):
     """Rows of unit normal noise around class means drawn from N(0, spread^2)."""
     g = torch.Generator().manual_seed(seed)
     means, labels = spread * torch.randn(classes, d, generator=g), torch.randint(classes, (n,), generator=g)
     return means[labels] + torch.randn(n, d, generator=g), labels
 
 
-def brute_distances(bank, queries):
-    """By differences in float64."""
-    return (queries.double()[:, None] - bank.double()[None]).square().sum(2)
-
-
-def rejects(function, *args, **more) -> bool:
-    """A ValueError of one line."""
-    try:
-        function(*args, **more)
-    except ValueError as error:
-        return "\n" not in str(error)
-    return False
-
-
 def test_neighbors_against_brute_force():
-    x, labels = samples(0)
-    y, queries = samples(1, 40)
-    for shift, dtype in ((0, torch.float32), (30, torch.float32), (100, torch.float64)):
-        a, b = (x + shift).to(dtype), (y + shift).to(dtype)
-        between, among = brute_distances(a, b), brute_distances(a, a)
-        among.fill_diagonal_(math.inf)
-        for distance in (between, among):  # the planted_classes rows have no two distances closer than rounding
-            gaps = distance.sort(1).values[:, :11].diff(dim=1)
-            assert gaps.min() > (1e-7 if shift == 0 else 1e-9)
-        for k in (1, 4, 10):
-            expected = between.argsort(1)[:, :k]
-            found = measures.nearest(a, b, k)
-            assert torch.equal(found, expected) and found.dtype == torch.int64, (shift, k)
-            counts = [[labels[rows].tolist().count(c) for c in range(3)] for rows in expected]
-            winners = torch.tensor([count.index(max(count)) for count in counts])
+    """Neighbours, votes, k-NN accuracy or purity are not those of all distances in float64; or depend on blocks."""
+    (x, labels), (y, queries), k = planted_classes(0), planted_classes(1, 40), 4
+    for shift, block in ((0, 2 ** 24), (30, 900)):
+        a, b = x + shift, y + shift
+        between, among = ((z.double()[:, None] - a.double()).square().sum(2) for z in (b, a))
+        expected, own = between.argsort(1)[:, :k], among.fill_diagonal_(math.inf).argsort(1)[:, :k]
+        counts = [[labels[rows].tolist().count(c) for c in range(3)] for rows in expected]
+        winners = torch.tensor([count.index(max(count)) for count in counts])  # the smallest label of a tied vote
+        share = (labels[own] == labels[:, None]).double().mean(1)
+        with replaced(measures, "BLOCK", block):
+            assert torch.equal(measures.nearest(a, b, k), expected) and torch.equal(measures.nearest(a, k=k), own)
             assert torch.equal(measures.knn_predict(a, labels, b, k), winners)
             assert measures.knn_accuracy(a, labels, b, queries, k) == float((winners == queries).double().mean())
-            own = among.argsort(1)[:, :k]
-            assert torch.equal(measures.nearest(a, k=k), own)
-            share = (labels[own] == labels[:, None]).double().mean(1)
-            assert torch.allclose(measures.purity(a, labels, k), share, atol=1e-12)
             assert abs(measures.neighbor_purity(a, labels, k) - float(share.mean())) < 1e-12
 
 
-def test_ties_of_distances_and_votes():
-    assert measures.vote(torch.tensor([[2, 1, 1, 2], [0, 2, 2, 1], [2, 2, 0, 1]]), 3).tolist() == [1, 2, 2]
-    bank, labels = torch.tensor([[0.0], [1.0], [3.0], [4.0]]), torch.tensor([9, 4, 4, 9])
-    assert measures.knn_predict(bank, labels, torch.tensor([[2.0]]), 4).tolist() == [4]  # two votes each
-    assert measures.nearest(torch.tensor([[0.0], [4.0], [2.0]]), torch.tensor([[2.0]]), 3).tolist() == [[2, 0, 1]]
-    x, _ = samples(0, integers=True)
-    x = torch.cat([x, -x])  # mean 0, so without rounding; many equal distances
-    distance = brute_distances(x, x).fill_diagonal_(math.inf)
-    found = measures.nearest(x, k=10)
-    taken = distance.gather(1, found)
-    assert torch.equal(taken, distance.sort(1).values[:, :10])
-    assert ((taken[:, 1:] > taken[:, :-1]) | (found[:, 1:] > found[:, :-1])).all()
-    assert not (found == torch.arange(len(x))[:, None]).any()
-    equal = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)).repeat(40, 1)
-    others = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))
-    x = torch.cat([equal, others])  # rounding does not part equal rows
-    assert torch.equal(measures.nearest(x, equal[:1], 40), torch.arange(40)[None])
-    assert measures.silhouette(equal, torch.arange(40) % 2) == 0
-    assert (measures.silhouettes(x, torch.arange(80) // 40)[:40] == 1).all()
-
-
-def test_blocks_change_nothing():
-    x, labels = samples(0, 200, 5)
-    y, _ = samples(1, 50, 5)
-
-    def everything():
-        return (measures.nearest(x, k=7), measures.nearest(x, y, 7), measures.silhouettes(x, labels),
-                measures.nearest_mean_predict(x, labels, y), measures.class_means(x, labels, 3),
-                torch.tensor(measures.fisher_ratio(x, labels)))
-
-    whole = everything()
-    with replaced(measures, "BLOCK", 1700), replaced(measures, "BLOCK_ROWS", 7):
-        for a, b in zip(everything(), whole):
-            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
 def test_silhouette_and_class_means_against_brute_force():
-    for integers in (True, False):
-        x, labels = samples(2, integers=integers)
-        y, queries = samples(3, 40)
-        X, L = x.double().numpy(), labels.numpy()
-        scores = []
-        for i in range(len(X)):
-            d = np.sqrt(((X - X[i]) ** 2).sum(1))
-            a, b = d[(L == L[i]) & (np.arange(len(X)) != i)].mean(), min(d[L == c].mean() for c in set(L) - {L[i]})
-            scores.append((b - a) / max(a, b))
-        assert np.abs(measures.silhouettes(x, labels).numpy() - scores).max() < 1e-5
-        assert abs(measures.silhouette(x, labels) - np.mean(scores)) < 1e-5
-        means = np.stack([X[L == c].mean(0) for c in range(3)])
-        assert np.abs(measures.class_means(x, labels, 3).numpy() - means).max() < 1e-12
-        between = sum((L == c).sum() * ((means[c] - X.mean(0)) ** 2).sum() for c in range(3))
-        assert abs(measures.fisher_ratio(x, labels) - between / ((X - means[L]) ** 2).sum()) < 1e-10
-        predicted = ((y.double().numpy()[:, None] - means) ** 2).sum(2).argmin(1)
-        assert measures.nearest_mean_predict(x, labels, y).tolist() == predicted.tolist()
-        assert measures.nearest_mean_accuracy(x, labels, y, queries) == np.mean(predicted == queries.numpy())
-    assert measures.class_means(x, labels, 4)[3].isnan().all()
-    sparse = torch.where(labels == 1, 7, labels)  # labels 1 and 3 to 6 do not occur
-    for predict in (measures.nearest_mean_predict, measures.linear_probe_predict, measures.knn_predict):
-        assert set(predict(x, sparse, 100 * y).tolist()) <= {0, 2, 7}
-    assert measures.nearest_mean_predict(torch.tensor([[0.0], [2.0]]), torch.tensor([5, 3]), torch.ones(1, 1)) == 3
-
-
-def test_measures_by_hand_and_invariance():
-    x, labels = torch.tensor([[0.0], [1.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
-  # a = 1, 1, 2, 2; b = 11, 10, 9.5, 11.5
-    assert np.allclose(measures.silhouettes(x, labels), [10 / 11, 9 / 10, 7.5 / 9.5, 9.5 / 11.5], atol=1e-6)
-    assert measures.silhouettes(x, torch.tensor([0, 0, 0, 5]))[3] == 0  # alone in its class
-  # means 0.5 and 11, overall 5.75: between 4 * 5.25^2, within 2 * 0.25 + 2 * 1
-    assert abs(measures.fisher_ratio(x, labels) - 4 * 5.25 ** 2 / 2.5) < 1e-9
-    assert measures.purity(x, labels, 1).tolist() == [1] * 4 and measures.neighbor_purity(x, labels, 3) == 1 / 3
-    for same in (torch.full((7, 2), 0.1), torch.full((7, 2), 0.1, dtype=torch.float64)):
-        ids = torch.tensor([0, 1, 1, 0, 1, 0, 1])
-        assert measures.silhouette(same, ids) == 0 and measures.fisher_ratio(same, ids) == 0
-        assert measures.fisher_ratio(same + ids[:, None], ids) == math.inf
-    x, labels = samples(4, 60, 4)
-    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
-    for moved in (x @ rotation, x + 3, 500 * x):  # phi, phi - theta and scaled tokens differ by shift and scale
-        for measure in (measures.neighbor_purity, measures.silhouette, measures.fisher_ratio):
-            assert abs(measure(moved, labels) - measure(x, labels)) < 1e-5
-    far = torch.cat([x, x[:1] + 1e4])  # float64 sums: a far row costs nothing
-    X, L = far.double(), torch.cat([labels, labels[:1]])
-    means = torch.stack([X[L == c].mean(0) for c in range(3)])
-    within = (X - means[L]).square().sum()
-    assert abs(measures.fisher_ratio(far, L) / float((X - X.mean(0)).square().sum() / within - 1) - 1) < 1e-9
+    """Silhouette, Fisher ratio or nearest mean is not its definition, row by row in numpy; or depends on blocks."""
+    (x, labels), (y, queries) = planted_classes(2), planted_classes(3, 40)
+    X, L, scores = x.double().numpy(), labels.numpy(), []
+    for i in range(len(X)):
+        d = np.sqrt(((X - X[i]) ** 2).sum(1))
+        a, b = d[(L == L[i]) & (np.arange(len(X)) != i)].mean(), min(d[L == c].mean() for c in set(L) - {L[i]})
+        scores.append((b - a) / max(a, b))
+    means = np.stack([X[L == c].mean(0) for c in range(3)])
+    between = sum((L == c).sum() * ((means[c] - X.mean(0)) ** 2).sum() for c in range(3))
+    predicted = ((y.double().numpy()[:, None] - means) ** 2).sum(2).argmin(1)
+    for block, rows in ((2 ** 24, 256), (900, 7)):
+        with replaced(measures, "BLOCK", block), replaced(measures, "BLOCK_ROWS", rows):
+            assert np.abs(measures.silhouettes(x, labels).numpy() - scores).max() < 1e-5
+            assert abs(measures.fisher_ratio(x, labels) - between / ((X - means[L]) ** 2).sum()) < 1e-10
+            assert measures.nearest_mean_accuracy(x, labels, y, queries) == np.mean(predicted == queries.numpy())
 
 
 def test_measures_on_odd_input():
-    x, labels = samples(0)
-    y, queries = samples(1, 30)
-    x, y = (300 * x).round(), (300 * y).round()
+    """A class of one row or none, or rows all alike, mislead; or what is of the wrong shape, too small or not finite
+    gives no ValueError."""
+    assert measures.silhouettes(torch.arange(4.0)[:, None], torch.tensor([0, 0, 0, 5]))[3] == 0  # alone in its class
+    equal, ids = torch.full((7, 2), 0.1), torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    assert measures.fisher_ratio(equal, ids) == measures.silhouette(equal, ids) == 0
+    assert measures.fisher_ratio(equal + ids[:, None], ids) == math.inf
+    (x, labels), (y, queries) = planted_classes(0), planted_classes(1, 30)
     pair = measures.knn_accuracy, measures.nearest_mean_accuracy, measures.linear_probe
-    alone = measures.neighbor_purity, measures.silhouette, measures.fisher_ratio
-    for measure in pair:
-        expected = measure(x, labels, y, queries)
-        for other in (x.long(), x.double(), x.half(), x.clone().requires_grad_()):
-            got = measure(other, labels.int(), y, queries.to(torch.uint8))
-            assert type(got) is float and abs(got - expected) < 0.04, measure
-        assert measure(x, labels * 10 ** 9 + 5, y, queries * 10 ** 9 + 5) == expected  # any integers from 0
-    bad = [(x * 1e20, labels), (x[:, :0], labels), (x, labels - 1), (x, labels.float()), (x * math.nan, labels),
-           (x[:0], labels[:0]), (x, labels[:-1]), (x[0], labels)]
-    assert all(rejects(measures.knn_predict, x, labels, queries) for queries in (x * 1e20, x * math.nan, x[:0], x[0]))
-    for args in bad:
+    for measure in pair:  # labels 0, 1 and 7: 2 to 6 do not occur
+        sparse, asked = (ids + 5 * (ids == 2) for ids in (labels, queries))
+        assert abs(measure(x.double(), sparse.int(), y, asked) - measure(x, labels, y, queries)) < 0.04
+        assert rejects(measure, x, labels, y[:, :1], queries)
+    for args in ((x * math.nan, labels), (x[:, :0], labels), (x, labels - 1), (x, labels.float()), (x[:0], labels[:0]),
+                 (x, labels[:-1]), (x[0], labels)):
+        alone = measures.neighbor_purity, measures.silhouette, measures.fisher_ratio
         assert all(rejects(measure, *args) for measure in alone), args
         assert all(rejects(measure, *args, y, queries) for measure in pair), args
-    for measure in pair:
-        assert rejects(measure, x, labels, y[:, :1], queries) and rejects(measure, x, labels, y, queries[:-1])
-    assert rejects(measures.knn_accuracy, x, labels, y, queries, 0) and rejects(measures.neighbor_purity, x, labels, 0)
-    assert rejects(measures.neighbor_purity, x, labels, 90) and not rejects(measures.neighbor_purity, x, labels, 89)
-    assert rejects(measures.nearest, x, k=90) and not rejects(measures.nearest, x, y, k=90)
-    assert rejects(measures.linear_probe, x, labels * 0, y, queries) and rejects(measures.silhouette, x, labels * 0)
+    assert rejects(measures.purity, x, labels, 90) and rejects(measures.linear_probe, x, labels * 0, y, queries)
 
 
-# ---- measures.py: linear probe --------------------------------------------------------------------------------------
+# ---- measures.py: linear probe -------------------------------------------------------------------
 
-def newton(x, labels, classes, penalty):
-    """Multinomial logistic regression by Newton's method in float64: logits as a function."""
-    z = F.pad(x, (0, 1), value=1.0)
-    n, d = z.shape
-    ridge = torch.eye(d, dtype=z.dtype) * penalty
-    ridge[-1, -1] = 1e-9  # of logits' common part, which changes nothing
-    W, Y = torch.zeros(classes, d, dtype=z.dtype), F.one_hot(labels, classes).to(z.dtype)
-    for _ in range(30):
-        p = (z @ W.T).softmax(1)
-        gradient = (p - Y).T @ z / n + W @ ridge
-        curvature = torch.diag_embed(p) - p[:, :, None] * p[:, None]  # (n, classes, classes)
-        hessian = torch.einsum("nab,ni,nj->aibj", curvature, z, z).reshape(classes * d, -1) / n
-        hessian += torch.block_diag(*[ridge] * classes)
-        W -= torch.linalg.solve(hessian, gradient.flatten()).view(classes, d)
-    return lambda y: F.pad(y, (0, 1), value=1.0) @ W.T
-
-
-def test_linear_probe_is_at_its_optimum():
-    """The gradient of the penalised loss is 0, and the logits are those of Newton's method in float64."""
+def test_logistic_regression_is_at_its_optimum():
+    """The gradient of the convex penalised loss is not 0, for few or many features, or the bias is penalised."""
     g = torch.Generator().manual_seed(0)
     for n, d, penalty in ((60, 5, 1.0), (60, 5, 0.01), (40, 60, 0.05)):
-        x, labels = torch.randn(n, d, generator=g), torch.randint(3, (n,), generator=g)
-        exact = newton(x.double(), labels, 3, penalty)(x.double())
-        for z in (x, x.double()):
-            weight, bias = (p.requires_grad_() for p in measures.logistic(z, labels, 3, penalty))
-            assert weight.shape == (3, d) and bias.shape == (3,)
-            loss = F.cross_entropy(z @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
-            gradient = torch.cat([p.flatten() for p in torch.autograd.grad(loss, (weight, bias))])
-            assert gradient.norm() < 2e-3
-            logits = (z @ weight.T + bias).detach().double()
-            assert (logits.log_softmax(1) - exact.log_softmax(1)).abs().max() < 0.03, (n, d, penalty)
-    weight, bias = measures.logistic(x, labels, 3, 100.0)  # the bias is free
-    assert weight.abs().max() < 0.01 and (bias.softmax(0) - torch.bincount(labels) / n).abs().max() < 0.01
+        x, labels = torch.randn(n, d, generator=g).double(), torch.randint(3, (n,), generator=g)
+        weight, bias = (p.requires_grad_() for p in measures.logistic(x, labels, 3, penalty))
+        loss = F.cross_entropy(x @ weight.T + bias, labels) + penalty / 2 * weight.square().sum()
+        gradient = torch.autograd.grad(loss, (weight, bias))
+        assert all(part.abs().max() < 1e-3 for part in gradient), (n, d, penalty)
 
 
 def test_linear_probe_standardises_and_fits_all_of_the_bank():
-    x, labels = planted_classes(1, 300, 8, 3, 0.7)
-    y, _ = planted_classes(2, 200, 8, 3, 0.7)
-    mean, deviation = x.double().mean(0), x.double().std(0, correction=0)
-    logits = newton((x.double() - mean) / deviation, labels, 3, 0.01 * 8)
-    expected = logits((y.double() - mean) / deviation)
-    sure = (expected.topk(2).values.diff() < -0.05).squeeze(1)
+    """It is not logistic regression on standardised features of the whole bank; or copies or constants change it."""
+    (x, labels), (y, _) = planted_classes(1, 300, 8, 3, 0.7), planted_classes(2, 200, 8, 3, 0.7)
+    mean, deviation = x.mean(0), x.std(0, correction=0)
+    weight, bias = measures.logistic((x - mean) / deviation, labels, 3, 0.01 * 8)
+    logits = (y - mean) / deviation @ weight.T + bias
+    sure = (logits.topk(2).values.diff() < -0.05).squeeze(1)
     stretch = torch.logspace(-3, 3, 8)  # features of all scales, far from 0
-    for bank, queries in ((x, y), (x * stretch + 5, y * stretch + 5)):
-        got = measures.linear_probe_predict(bank, labels, queries, penalties=(0.01,))
-        assert torch.equal(got[sure], expected.argmax(1)[sure]) and sure.float().mean() > 0.8
-    copied = measures.linear_probe_predict(x.repeat(1, 3), labels, y.repeat(1, 3), penalties=(0.01,))
-    assert torch.equal(copied[sure], expected.argmax(1)[sure])  # copies change nothing
-    constant = F.pad(x, (0, 1), value=0.1), F.pad(y, (0, 1), value=5.0)  # and constants count 0
-    same = measures.linear_probe_predict(constant[0], labels, constant[1])
-    same = same == measures.linear_probe_predict(x, labels, y)
-    assert same.float().mean() > 0.98
-    assert measures.linear_probe(x * 0 + 1, labels, y, labels[:200]) <= 0.6  # nothing but constants
+    for bank, asked in ((x, y), (x * stretch + 5, y * stretch + 5), (x.repeat(1, 3), y.repeat(1, 3)),
+                        (F.pad(x, (0, 1), value=0.1), F.pad(y, (0, 1), value=5.0))):
+        got = measures.linear_probe_predict(bank, labels, asked, penalties=(0.01,))
+        assert torch.equal(got[sure], logits.argmax(1)[sure]) and sure.float().mean() > 0.8
+    x, labels = planted_classes(0, 1500, 40, 7)  # where scikit-learn has 1.0 at every C from 0.1 up
+    assert measures.linear_probe(x[:500], labels[:500], x[500:], labels[500:]) >= 0.996
 
 
 def test_linear_probe_chooses_its_penalty():
-    """Penalty by the held-out fifth's cross-entropy; two in a row that are no better end the search."""
+    """It is not that of the least cross-entropy on every fifth row of each class, or the bank is not fitted whole."""
     tried = []
 
     def spy(x, labels, classes, penalty, start=None):
-        tried.append((len(x), round(penalty / x.shape[1], 9), start is None))
-        return plain(x, labels, classes, penalty, start)
-
-    def choice(x, labels):
-        tried.clear()
-        measures.linear_probe_predict(x, labels, x)
-        return tried[-1][1]
+        solution = plain(x, labels, classes, penalty, start)
+        tried.append((len(x), penalty / x.shape[1], solution))
+        return solution
 
     with replaced(measures, "logistic", spy) as plain:
-        easy, hard = planted_classes(3, 400, 30, 4, 1.0), planted_classes(3, 400, 30, 4, 0.0)
-        assert choice(*easy) <= 1e-4 and choice(*hard) == 0.1
-        penalties = [penalty for _, penalty, _ in tried[:-1]]
-        assert penalties == [0.1, 0.01, 0.001] and [first for *_, first in tried] == [True] + [False] * 3
-        fifth = sum(int((hard[1] == c).sum()) // 5 for c in range(4))
-        assert [n for n, *_ in tried] == [400 - fifth] * 3 + [400]
-        few = torch.arange(8) % 2  # nothing can be held out
-        assert choice(torch.randn(8, 3), few) == 0.1
+        for spread, strongest, weakest in ((1.0, 1e-4, 0.0), (0.3, 0.02, 1e-3), (0.0, 0.2, 0.05)):
+            x, labels = planted_classes(3, 400, 30, 4, spread)
+            tried.clear()
+            measures.linear_probe_predict(x, labels, x)
+            held = torch.cat([(labels == c).nonzero()[4::5, 0] for c in range(4)])
+            z = (x - x.mean(0)) / x.std(0, correction=0)
+            losses = {penalty: float(F.cross_entropy(z[held] @ weight.T + bias, labels[held]))
+                      for _, penalty, (weight, bias) in tried[:-1]}
+            assert [n for n, *_ in tried] == [400 - len(held)] * len(losses) + [400]
+            assert tried[-1][1] == min(losses, key=losses.get) and weakest <= tried[-1][1] <= strongest, losses
 
 
-def test_linear_probe_on_planted_classes():
-    """Where scikit-learn's LogisticRegression has 1.0 at every C from 0.1 up, the probe has it too."""
-    for seed in range(3):
-        x, labels = planted_classes(seed, 1500, 40, 7)
-        assert measures.linear_probe(x[:500], labels[:500], x[500:], labels[500:]) >= 0.996, seed
-    x, labels = planted_classes(0, 220, 40, 7)
-    wide = torch.cat([x, torch.randn(220, 160, generator=torch.Generator().manual_seed(9))], 1)  # d > n
-    assert measures.linear_probe(wide[:150], labels[:150], wide[150:], labels[150:]) > 0.7
-
-
-# ---- measures.py: statistics ----------------------------------------------------------------------------------------
+# ---- measures.py: statistics ---------------------------------------------------------------------
 
 def test_wilson_and_t_by_table():
+    """The interval of a proportion does not solve Wilson's equation, or that of a mean is not by Student's table."""
     low, high = measures.wilson(45, 50)  # roots of (p - x)^2 = z^2 x (1 - x) / n
-    for end in (low, high):
-        assert abs((0.9 - end) ** 2 - 1.959964 ** 2 * end * (1 - end) / 50) < 1e-12
-    assert low < 0.9 < high and measures.wilson(0, 10)[0] == 0 and measures.wilson(10, 10)[1] > 1 - 1e-12
-    assert all(rejects(measures.wilson, *args) for args in ((0, 0), (3, 2), (-1, 2)))
-    table = {1: 12.7062, 2: 4.30265, 5: 2.57058, 10: 2.22814, 30: 2.04227, 1000: 1.96234}
+    assert low < 0.9 < high and measures.wilson(0, 10)[0] == 0
+    assert all(abs((0.9 - end) ** 2 - 1.959964 ** 2 * end * (1 - end) / 50) < 1e-12 for end in (low, high))
+    table = {1: 12.7062, 2: 4.30265, 5: 2.57058, 30: 2.04227, 1000: 1.96234}
     assert all(abs(measures.t_quantile(freedom) - t) < 2e-4 * t for freedom, t in table.items())
     mean, low, high = measures.t_interval([1.0, 2.0, 3.0])
     assert mean == 2 and abs(high - (2 + 4.30265 / math.sqrt(3))) < 1e-3 and abs(low + high - 4) < 1e-9
-    assert measures.t_interval([1.0]) is None
-
-
-def ratio_of_means(means):
-    return means[..., 0] / means[..., 1]
 
 
 def test_bootstrap_covers_and_knows_ties():
+    """Intervals are not of 95%: of a mean (normal theory), of a ratio of means (coverage), over repeats of a choice."""
     a = torch.tensor([1.0] * 70 + [0.0] * 30)
     assert measures.paired_bootstrap(a, a) == (0, 0, 0)
     mean, low, high = measures.paired_bootstrap(a, torch.zeros(100))
     half = 1.96 * math.sqrt(0.7 * 0.3 / 100)
     assert abs(mean - 0.7) < 1e-12 and abs(low - (0.7 - half)) < 0.02 and abs(high - (0.7 + half)) < 0.02
-    assert measures.paired_bootstrap(a, 1 - a, seed=3) == measures.paired_bootstrap(a, 1 - a, seed=3)
-    assert measures.bootstrap(a) == measures.bootstrap(a[:, None]) == (mean, low, high)
-    counts = measures.multiplicities(100, 5, 300)
-    assert counts.shape == (300, 100) and (counts.sum(1) == 100).all() and abs(float(counts.var()) - 0.99) < 0.05
     g, covered = torch.Generator().manual_seed(0), 0
-    for repeat in range(200):  # a ratio_of_means of means, truth 2
+    for repeat in range(200):  # a ratio of means, truth 2
         x = 1 + torch.rand(100, generator=g)
         values = torch.stack([2 * x + torch.randn(100, generator=g), x], 1)
-        _, low, high = measures.bootstrap(values, ratio_of_means, seed=repeat, draws=400)
+        _, low, high = measures.bootstrap(values, lambda means: means[..., 0] / means[..., 1], repeat, draws=400)
         covered += low <= 2 <= high
     assert 0.88 < covered / 200 < 0.99
     spread = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(50, 4)  # all variance is between the repeats
     value, low, high = measures.bootstrap(spread, measures.over_repeats())
     assert value == 1.5 and low < 0.8 and high > 2.2
-    column = torch.arange(30.0)  # as many rows as repeats: they are not drawn alike, or the two would cancel
-    _, low, high = measures.bootstrap(column - column[:, None], measures.over_repeats())
-    assert high - low > 5
 
 
 def test_ranks_and_auroc_against_brute_force():
+    """Ties do not share their mean rank, or AUROC is not the share of pairs in order, bootstrapped over rows."""
     assert measures.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     g = torch.Generator().manual_seed(1)
     score, right = torch.randint(6, (80,), generator=g).float(), torch.rand(80, generator=g) < 0.6
@@ -1377,51 +1033,39 @@ def test_ranks_and_auroc_against_brute_force():
         s, r = score[rows], right[rows]
         return float(((s[r][:, None] > s[~r]).double() + 0.5 * (s[r][:, None] == s[~r])).mean())
 
-    value, low, high = measures.auroc(score, right)
+    value, low, high = measures.auroc(score, right, draws=200)
     assert abs(value - brute(torch.arange(80))) < 1e-12
-    drawn = torch.randint(80, (1000, 80), generator=torch.Generator().manual_seed(0))  # one draw at a time
+    drawn = torch.randint(80, (200, 80), generator=torch.Generator().manual_seed(0))
     assert np.allclose((low, high), np.quantile([brute(rows) for rows in drawn], [0.025, 0.975]), atol=1e-9)
     assert measures.auroc(score, right | True) is None and measures.auroc(score, right & False) is None
-    assert measures.auroc(right.float(), right) == (1, 1, 1)
-    one = measures.auroc(torch.arange(4.0), torch.arange(4) == 1)  # a third of the draws is without a right row
-    assert all(math.isfinite(end) for end in one)
 
 
 def test_correlations():
+    """They are not numpy's, seeds of a setting count as settings of their own, or there is an interval from too few."""
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(12, generator=g), torch.randn(12, generator=g)
-    columns = {"a": x.tolist(), "b": (x + y).tolist()}
-    result = measures.correlations(columns, y.tolist(), list(range(12)))
-    assert result["n"] == result["settings"] == 12 and list(result["pearson"]) == ["a", "b", "last - first"]
-    assert abs(result["pearson"]["b"][0] - np.corrcoef(x + y, y)[0, 1]) < 1e-6
+    result = measures.correlations({"a": x.tolist(), "b": (x + y).tolist()}, y.tolist(), list(range(12)), draws=300)
     place = np.argsort(np.argsort(x)), np.argsort(np.argsort(y))
+    assert abs(result["pearson"]["b"][0] - np.corrcoef(x + y, y)[0, 1]) < 1e-6
     assert abs(result["spearman"]["a"][0] - np.corrcoef(*place)[0, 1]) < 1e-6
-    for kind in ("pearson", "spearman"):
-        a, b, difference = (result[kind][name] for name in ("a", "b", "last - first"))
-        assert abs(difference[0] - (b[0] - a[0])) < 1e-12
-        assert all(low < value < high for value, low, high in (a, b, difference))
-    assert measures.correlations({"a": [1, 2, 3, 4]}, [1, 2, 3, 4], list("abcd")) is None
-    assert measures.correlations({"a": [1] * 6}, range(6), range(6)) is None
-    assert measures.correlations({"a": range(6)}, range(6), [0] * 6) is None
-    seeds, apart = (measures.correlations({"a": x.repeat(9).tolist()}, y.repeat(9), settings, draws=500)["pearson"]["a"]
-                    for settings in (list(range(12)) * 9, list(range(108))))
-    assert seeds[2] - seeds[1] > 2 * (apart[2] - apart[1])  # nine seeds of a setting are no nine settings
-    few = measures.correlations({"a": x.tolist()}, y, [i % 4 for i in range(12)], draws=50)["pearson"]
-    assert list(few) == ["a"] and few["a"][1:] == (None, None)  # four settings: no interval
-    monotone = measures.correlations({"a": range(6)}, [i ** 3 for i in range(6)], range(6), draws=50)
-    assert monotone["spearman"]["a"][1:] == (None, None) and monotone["pearson"]["a"][1] is not None
+    a, b, difference = (result["pearson"][name] for name in ("a", "b", "last - first"))
+    assert abs(difference[0] - (b[0] - a[0])) < 1e-12
+    assert difference[1] < difference[0] < difference[2]
+    for column, groups in ((range(4), range(4)), ([1] * 6, range(6)), (range(6), [0] * 6)):
+        assert measures.correlations({"a": column}, range(len(column)), groups) is None
+    (_, *seeds), (_, *single) = (measures.correlations({"a": x.repeat(9).tolist()}, y.repeat(9), groups, draws=200)
+                                 ["pearson"]["a"] for groups in (list(range(12)) * 9, list(range(108))))
+    assert seeds[1] - seeds[0] > 2 * (single[1] - single[0])
+    few = measures.correlations({"a": x.tolist()}, y, [i % 4 for i in range(12)], draws=50)  # four settings
+    assert few["pearson"]["a"][1:] == (None, None)
 
 
 def test_crossed_does_not_flatter():
-    noise = torch.rand(400, 60, generator=torch.Generator().manual_seed(2))  # the best of 60 equal candidates
+    """The best of many equal candidates looks better than it is, or a better one is not found."""
+    noise = torch.rand(400, 60, generator=torch.Generator().manual_seed(2))
     picked, choices = measures.crossed(noise)
-    assert abs(float(picked.mean()) - 0.5) < 0.05 and float(noise.mean(0).max()) > 0.525
-    half = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:200]
-    assert choices[0] == noise[torch.ones(400).index_fill(0, half, 0).bool()].mean(0).argmax()
-    assert torch.equal(picked[half], noise[half, choices[0]].double())
-    better = noise.clone()
-    better[:, 7] += 1
-    assert measures.crossed(better)[1] == [7, 7]
+    assert abs(float(picked.mean()) - 0.5) < 0.015 and float(noise.mean(0).max()) > 0.525
+    better = noise + F.one_hot(torch.tensor(7), 60)
     repeats = torch.stack([better, better], 2)
     repeats[:5] = math.nan  # not measured
     picked, choices = measures.crossed(repeats)
@@ -1429,6 +1073,7 @@ def test_crossed_does_not_flatter():
 
 
 def test_principal_and_regression():
+    """Components do not give the rows back, by falling variance (SVD); R^2 is not numpy's or misses the truth."""
     g = torch.Generator().manual_seed(3)
     for shape in ((30, 50), (50, 30)):
         x = torch.randn(*shape, generator=g).double()
@@ -1436,205 +1081,86 @@ def test_principal_and_regression():
         assert (V.T @ V - torch.eye(V.shape[1])).abs().max() < 1e-9
         assert (mean + (x - mean) @ V @ V.T - x).abs().max() < 1e-9
         assert torch.allclose(variances, torch.linalg.svdvals(x - mean)[:V.shape[1]] ** 2 / shape[0])
-    low_rank = torch.randn(40, 2, generator=g) @ torch.randn(2, 9, generator=g)
-    assert measures.principal(low_rank.double())[1].shape == (9, 2)
-    assert abs(measures.effective_rank(torch.ones(5)) - 5) < 1e-6
-    assert abs(measures.effective_rank(torch.tensor([3.0, 0.0])) - 1) < 1e-6
-    assert measures.r_squared(torch.tensor([1.0, 5.0, 1.0])) == 0.75
-    x = torch.randn(1000, 4, generator=g)
-    noise = torch.randn(1000, 3, generator=g)
+    assert abs(measures.effective_rank(torch.tensor([2.0, 2.0, 0.0])) - 2) < 1e-6
+    x, noise = torch.randn(1000, 4, generator=g), torch.randn(1000, 3, generator=g)
     y = torch.stack([x[:, 0] + 3, x[:, 1] + noise[:, 1], noise[:, 2], torch.ones(1000)], 1)  # R^2 1, 1/2, 0; none
     r2 = measures.regression(x[:600], y[:600], x[600:], y[600:])
     assert r2[0][0] > 1 - 1e-9 and r2[3] is None
-    for (value, low, high), truth in zip(r2[1:3], (0.5, 0.0)):
-        assert low < value < high and low - 0.03 < truth < high + 0.03 and high - low < 0.25
+    assert all(low - 0.03 < truth < high + 0.03 < low + 0.3 for (_, low, high), truth in zip(r2[1:3], (0.5, 0.0)))
     X, Y = F.pad(x, (0, 1), value=1.0).double().numpy(), y[:, 1].double().numpy()
-    rest = Y[600:]
-    error = (X[600:] @ np.linalg.lstsq(X[:600], Y[:600], rcond=None)[0] - rest) ** 2
-    assert abs(r2[1][0] - (1 - error.mean() / rest.var())) < 1e-9
+    error = (X[600:] @ np.linalg.lstsq(X[:600], Y[:600], rcond=None)[0] - Y[600:]) ** 2
+    assert abs(r2[1][0] - (1 - error.mean() / Y[600:].var())) < 1e-9
 
 
-def test_measures_work_alone():
-    """The file, copied into an empty folder, does its work there with torch and numpy."""
-    code = ("import torch, measures as m; x, y = torch.randn(60, 4), torch.arange(60) % 3; "
-            "print(m.neighbor_purity(x, y, 3), m.silhouette(x, y), m.linear_probe(x, y, x, y), m.wilson(5, 9))")
-    with tempfile.TemporaryDirectory() as path:
-        shutil.copy(measures.__file__, path)
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and len(done.stdout.split()) == 5, done.stderr
-
-
-# ---- figures.py: from small planted reports, whole and with parts missing ------------------------
+# ---- figures.py: those that no program's test below draws ------------------------------------------
 
 GAP, NO_ENDS = [0.1, 0.0, 0.2], [0.1, None, None]
 
 
-def drawn(draw, *report) -> bool:
-    """Whether draw wrote a PNG file; it is removed."""
-    draw(Path("figure.png"), *report)
-    content = Path("figure.png").read_bytes()
-    Path("figure.png").unlink()
-    return content.startswith(b"\x89PNG")
-
-
-def planted_experiments(whole: bool) -> dict:
-    """Not whole: as of a method without a reader of ours or a bias column, right on all images."""
-    stage = {"pooled_knn10": 0.5, "seen_knn10": 0.5, "unseen_knn10": 0.4, "auroc": GAP if whole else None}
-    more = {"pooled_probe": 0.6, "untrained_pooled_knn10": 0.4, "flattened_knn10": 0.5, "logit_lens": 0.3}
-    rows = [stage | {"stage": "input tokens", "logit_lens": None}, stage | {"stage": "MLP 1"} | (more if whole else {})]
-    flow = {"rows": rows, "views": ["pooled"] + ["flattened"] * whole, "half": 5, "classes": 3, "reader": 1.0}
-    routes = [{"group": group, "name": "x", "loss": GAP, "rank": 1} for group in ("replaced", "rank")[:1 + whole]]
-    facts = {"to_facts": {"1": {"mean grey": GAP, "contrast": None}}, "from_facts": []}
-    parts = {"bias column" if whole else "x": {"indirect": GAP, "share": GAP}}
-    clustering = {"rows": [{"coordinate": "phi - theta", "knn10": 0.5} | ({"probe": 0.6} if whole else {})], "gap": GAP,
-                  "classes": 3, "reader": 1.0, "reader_interval": [0.6, 1.0], "verdict": "refuted"}
-    knocked = [{"replaced": "MLP", "block": 1, "span": where, "loss": GAP} for where in ("alone", "from here on")]
-    return {"clustering": clustering, "token-flow": flow | {"verdict": "not measured"}
-            | ({"knock_outs": knocked, "late_minus_half": GAP} if whole else {}),
-            "bias-route": {"rows": routes, "permuted": GAP, "margin": GAP, "verdict": "supported",
-                           "single_columns": {"losses": {"0": 0.1} if whole else {}}},
-            "content": {"regressions": {"x": facts}, "mediation": [{"donors": "other", "total": GAP, "parts": parts}]}}
-
-
 @folder()
-def test_figures_of_one_model():
-    for done in (planted_experiments(True), planted_experiments(False)):
-        assert drawn(figures.clustering_figure, done["clustering"]) and drawn(figures.flow_figure, done["token-flow"])
-        assert drawn(figures.bias_figure, done["bias-route"]) and drawn(figures.content_figure, done["content"])
-        assert drawn(figures.content_figure, {"regressions": done["content"]["regressions"]})
-        for some in (done, {}, {"clustering": done["clustering"]}):
-            model = {"name": "$a$", "reader": 0.7, "test": 9, "data": "$", "experiments": some}
-            assert drawn(figures.summary_figure, model)
-
-
-@folder()
-def test_figures_of_training_and_cost():
-    keys = ("epoch", "loss", "train_accuracy", "test_accuracy", "train_psnr", "test_psnr")
-    for channels, where in ((1, "test set"), (3, "validation share of the training set")):
-        images = np.zeros((1, channels, 4, 4))
-        shown = {"stages": [0, 2], "images": images, "shown": np.stack([images, images + 2]), "psnr": [[9.0], [20.0]],
-                 "classes": ["$"], "guesses": ["a$b$"]}
-        report = {"epochs": [dict.fromkeys(keys, 1)], "evaluated_on": where}
-        assert drawn(figures.training_figure, report, shown)
-    cost = [{"what": "k", "value": k, "ms": [9.0, 10.0], "flops": k * 1e9, "peak_memory_bytes": memory}
-            for k, memory in ((1, None), (2, 2 ** 30))]
-    assert drawn(figures.cost_figure, {"cost": cost, "device": "cpu"})
-
-
-@folder()
-def test_figures_of_a_sweep_say_whether_they_drew():
-    lanes = [{"lane": lane, "n": n, "purity": [0.2, sd], "reader": [0.4, sd], "w_task": 0.01, "difference": lane != "wt"
-              and {"lane": lane, "minus": "wt", "seeds": n, "interval": GAP}}
-             for lane, n, sd in (("wt", 2, 0.1), ("task1", 1, None), ("deeper", 2, 0.1))]
+def test_figures_of_a_sweep():
+    """A figure without numbers is drawn all the same, or one with intervals that have no ends is not."""
     rho = {"settings": 2, "spearman": {"phi - theta": NO_ENDS, "last - first": GAP}}
     points = [{"architecture": "a", "w_task": 0.1, "purity": 0.2, "reader": 0.4}, {"architecture": "b"}]
     across = {"points": points, "models": 2, "correlations": {"purity": rho, "stage purity": rho}}
-    report = {"lanes": lanes, "factorial": {"seeds": 1, "accuracy": {"bias": GAP}}, "across": across}
-    none = {"lanes": lanes[:1], "factorial": None, "across": across | {"correlations": {"stage purity": None}}}
-    for name in ("lanes", "clusters", "factorial", "population"):
-        draw = getattr(figures, f"{name}_figure")
-        assert drawn(draw, report, "test images") and draw(Path("figure.png"), report, "test images") is True
-        Path("figure.png").unlink()
-        assert draw(Path("figure.png"), none, "test images") is False and not Path("figure.png").exists()
-    assert drawn(figures.models_figure, none["across"])
+    whole = {"factorial": {"seeds": 1, "accuracy": {"bias": GAP}}, "across": across}
+    none = {"factorial": None, "across": across | {"correlations": {"stage purity": None}}}
+    for name in ("factorial", "population"):
+        draw, path = getattr(figures, f"{name}_figure"), Path(f"{name}.png")
+        assert draw(path, none, "test images") is False and not path.exists()
+        assert draw(path, whole, "test images") is True and path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_probe_that_few_coordinates_have_is_drawn():
-    rows = [{"coordinate": name, "knn1": 0.5, "knn10": 0.5, "nearest_mean": 0.5} for name in "ab"]
-    result = {"rows": [rows[0] | {"probe": 0.6}, rows[1]], "reader_interval": [0.6, 0.8], "reader": 0.7, "classes": 10,
-              "gap": GAP, "verdict": "refuted", "bank": 9, "test": 9}
-    for found, expected in ((result, True), (result | {"rows": rows}, False)):
-        _, (axis, *_) = figures.canvas(1, 1, 6, 4)
-        figures.geometry(axis, found)
-        assert ("linear probe" in axis.get_legend_handles_labels()[1]) == expected
+# ---- bench.py: outer gradients -------------------------------------------------------------------
+
+def textbook_grads(coords, values, labels, **tiny) -> dict:
+    """Of a new model, by autograd through autograd in two backward passes."""
+    model = tiny_model(textbook_loss_and_grad, **tiny)
+    bench.textbook_backward(model, coords, values, labels)
+    return grads(model)
 
 
-def test_figures_stand_alone():
-    lines = Path(figures.__file__).read_text().splitlines()
-    modules = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert modules <= {"itertools", "math", "textwrap", "pathlib", "numpy", "matplotlib"}
-    assert [figures.span(x, 100) for x in (GAP, NO_ENDS, None)] == ["+10.0 [+0.0, +20.0]", "+10.0 (no interval)",
-                                                                "none"]
+@float64()
+def test_outer_gradients_against_the_textbook():
+    """One first-order pass does not give theta, alpha or the reader their gradients, at a weight of the class loss."""
+    images, labels = batch()
+    for w_task in (0.0, 0.01, 1.0):
+        for fraction in (1.0, 0.5):
+            fast = tiny_model(w_task=w_task, fraction=fraction)
+            seen = fast.look(images, 4, generator("pixels"))
+            fast(*seen, labels)[:2].sum().backward()
+            for name, expected in textbook_grads(*seen, labels, w_task=w_task, fraction=fraction).items():
+                assert all(g.abs().max() > 0 for g in expected), name
+                assert apart(grads(fast)[name], expected) <= 1e-8, (name, w_task, fraction)
 
+
+def test_faster_ways_against_the_textbook():
+    """A step compiled (without building kernels), by torch.func, with inner steps recomputed, or with the reader in
+    bfloat16 gives other gradients."""
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    tiny = dict(depth=1, steps=2, reader_depth=1)
+    images, labels = batch(n=16)
+    for way, limit in {"torch.func": 1e-4, "recomputed": 1e-5, "bf16": 3e-2, "compiled": 1e-4}.items():
+        inner, precision = functional_loss_and_grad if way == "torch.func" else None, ("float32", "bf16")[way == "bf16"]
+        model = tiny_model(inner, **tiny, precision=precision)
+        model.inner_loop.recompute = way == "recomputed"
+        seen = model.look(images, 3)
+        (compiled(model) if way == "compiled" else model)(*seen, labels)[:2].sum().backward()
+        expected = textbook_grads(*seen, labels, **tiny)
+        gaps = {name: apart(grads(model)[name], expected[name]) for name in expected}
+        assert (1e-5 if way == "bf16" else 0) <= max(gaps.values()) <= limit, (way, gaps)
+
+
+# ---- bench.py: the command -----------------------------------------------------------------------
 
 SMALL = dict(width=8, head_dim=4, depth=1, reader_depth=1, steps=2, batch_size=4)
 
 
-def bench_command(argv):
-    """bench.main in process: (exit status, what it printed to stdout and stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            bench.main([str(a) for a in argv])
-            status = 0
-        except SystemExit as error:
-            status = error.code
-    return status, out.getvalue(), err.getvalue()
+def quick_times():
+    """At most two calls of what is timed."""
+    plain = bench.timed
+    return replaced(bench, "timed", lambda action, count, device: plain(action, min(count, 2), device))
 
-
-# ---- outer gradients -------------------------------------------------------------------------------------------------
-
-def test_outer_gradients_against_the_textbook():
-    """One first-order pass against autograd through autograd in two passes, in float64, per group of parameters."""
-    with float64():
-        images, labels = batch()
-        for w_task in (0.0, 0.01, 1.0):
-            for fraction in (1.0, 0.5):
-                fast, slow = (tiny_model(inner, w_task=w_task, fraction=fraction)
-                              for inner in (None, textbook_loss_and_grad))
-                seen = fast.look(images, 4, None if fraction == 1 else torch.Generator().manual_seed(1))
-                fast(*seen, labels)[:2].sum().backward()
-                bench.textbook_backward(slow, *seen, labels)
-                for name, expected in grads(slow).items():
-                    assert all(g.abs().max() > 0 for g in expected), name
-                    assert apart(grads(fast)[name], expected) <= 1e-8, (name, w_task, fraction)
-
-
-def trained_a_little(images, labels, **tiny) -> dict:
-    """The state of a tiny model after 60 steps on these images."""
-    args = settings.settings({**tiny, "lr": 3e-3})
-    model = tiny_model(classes=10, **tiny)
-    groups = train.parameter_groups(model, args)
-    optimizer = train.make_optimizer(groups, args)
-    for _ in range(60):
-        train.backward(model, groups, *model.look(images, 3), labels)
-        train.update(groups, optimizer)
-    return model.state_dict()
-
-
-def test_faster_ways_against_the_textbook():
-    """Outer gradients per group: compiled in float32, by torch.func, with inner steps recomputed, and the reader in
-    bfloat16. At initialisation within limits; of a trained model, whose gradients are small differences, they are
-    printed."""
-    ways = {"torch.func": 1e-4, "recomputed": 1e-5, "bf16": 3e-2, "compiled": 1e-4}
-    # As inductor captures, decomposes and partitions it; its 40 kernels would take a minute to build.
-    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager_decomp_partition")
-    tiny = dict(dataset="digits", size=8, width=8, depth=2, steps=2, reader_depth=1, head_dim=4)
-    test = data.read_digits()["test"]
-    images, labels = test.signal(test.pixels[:16]), test.labels[:16]
-    new, trained = tiny_model(classes=10, **tiny).state_dict(), trained_a_little(images, labels, **tiny)
-    for way, limit in ways.items():
-        slow = tiny_model(textbook_loss_and_grad, classes=10, **tiny)
-        model = tiny_model(functional_loss_and_grad if way == "torch.func" else None, classes=10, **tiny,
-                           precision="bf16" if way == "bf16" else "float32")
-        model.inner_loop.recompute = way == "recomputed"
-        forward = compiled(model) if way == "compiled" else model
-        for state in (new, trained):
-            for each in (slow, model):
-                each.load_state_dict(state)
-                each.zero_grad()
-            seen = slow.look(images, 3)
-            bench.textbook_backward(slow, *seen, labels)
-            forward(*seen, labels)[:2].sum().backward()
-            gaps = {name: apart(grads(model)[name], expected) for name, expected in grads(slow).items()}
-            assert state is trained or max(gaps.values()) <= limit, (way, gaps)
-            assert list(model.state_dict()) == list(slow.state_dict())
-            if state is trained:
-                print(f"trained, {way}: " + ", ".join(f"{name} {gap:.0e}" for name, gap in gaps.items()))
-
-
-# ---- benchmark -------------------------------------------------------------------------------------------------------
 
 def flops_by_hand(model, batch: int) -> int:
     """Of a plain model: an inner step's forward products and the gradients of inputs and weights; a product takes two
@@ -1652,132 +1178,73 @@ def flops_by_hand(model, batch: int) -> int:
 
 
 def test_counted_flops_by_hand_and_of_a_real_step():
+    """They are not those of the formula, or those of a step that is really made, or a lane's parts cost nothing."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     images, labels = batch()
-    plain = ({}, {"fraction": 0.5}, {"depth": 1, "steps": 1, "mlp_ratio": 2, "width": 12})
-    lanes = ({"branch": "colour"}, {"branch": "column:2"}, {"readout": 3, "mlp_ratio": 2}, {"w_cluster": 1.0})
-    counts = []
-    for changed in (*plain, *lanes, {"precision": "bf16"}):
+    plain, counts = ({}, {"fraction": 0.5, "depth": 1, "steps": 1, "mlp_ratio": 2}), []
+    for changed in (*plain, {"branch": "colour", "readout": 3, "w_cluster": 1.0}):
         model = tiny_model(**changed)
-        seen = model.look(images, model.inner_loop.steps + 1, torch.Generator())
         counts.append(bench.count_flops(model, 5))
-        assert all(p.grad is None and p.device.type == "cpu" for p in model.parameters())
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(*seen, labels)[:3].sum().backward()
-        assert counter.get_total_flops() == counts[-1], changed
         if changed in plain:
             assert counts[-1] == flops_by_hand(model, 5), changed
-        elif changed in lanes:                                 # each is counted
-            assert counts[-1] > counts[0], changed
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*model.look(images, 4), labels)[:3].sum().backward()
+    assert counter.get_total_flops() == counts[-1] > counts[0]
 
 
-def test_training_hours_by_hand():
-    assert bench.training_hours(3600, 10, 2.0, 1.0, devices=4, workers=2) == 5.0               # the steps take longer
-    assert bench.training_hours(3600, 10, 0.1, 1.0, devices=4, workers=2) == 1.25              # the decoding does
-
-
-def test_three_paths_are_three():
-    """Only B calls autograd within autograd and two backward passes, only C torch.func (which calls
-    autograd.grad); all reach the same gradients."""
-    args = settings.settings({"dataset": "digits", "mode": "paths", "compile": False, **SMALL})
-    used, reached, update = [], {}, train.update
-
-    def keep_gradients(groups, optimizer):
-        reached.setdefault(path, [p.grad.clone() for group in groups for p in group["params"]])
-        return update(groups, optimizer)
-
-    def noted(name, function):
-        def call(*args, **kwargs):
-            used.append((path, name))
-            return function(*args, **kwargs)
-        return call
-
-    with replaced(bench, "textbook_backward", noted("two passes", bench.textbook_backward)), \
-            replaced(torch.autograd, "grad", noted("autograd.grad", torch.autograd.grad)), \
-            replaced(torch.func, "grad", noted("func.grad", torch.func.grad)), \
-            replaced(train, "update", keep_gradients):
-        for path in "ABC":
-            result = bench.measure(args, path)
-            assert 3 <= len(result["ms"]) <= 20 and min(result["ms"]) > 0 and not result["compiled"]
-            assert result["peak_memory_bytes"] > 2 ** 20
-    assert set(used) == {("B", "two passes"), ("B", "autograd.grad"), ("C", "func.grad"), ("C", "autograd.grad")}
-    assert apart(reached["B"], reached["A"]) < 1e-4 and apart(reached["C"], reached["A"]) < 1e-4
-
-
+@folder()
 def test_bench_command():
-    small = [*settings.as_flags(SMALL), "--dataset", "digits", "--no-compile"]
+    """B is not the textbook's two passes or C not by torch.func; a ratio is not of one turn's medians; or `cost` does
+    not grow what it says."""
+    small, used, paths = [*settings.as_flags(SMALL), "--dataset", "digits", "--no-compile"], set(), []
 
-    def here(function, *args):     # without the seconds that a process takes to start
-        return function(*args)
+    def here(function, args, path, parts):
+        paths.append(path)
+        return function(args, path, parts)
 
-    with folder(), replaced(bench, "in_a_process", here):
-        status, out, err = bench_command(small)
-        assert status == 0 and "ratio B/A" in out and max(map(len, out.splitlines())) <= 100, (out, err)
-        report = json.loads(Path("bench.json").read_text())
-        assert [(r["path"], r["value"]) for r in report["paths"]] == [(p, turn) for turn in (1, 2) for p in "ABC"]
-        ms = {path: [np.median(r["ms"]) for r in report["paths"] if r["path"] == path] for path in "ABC"}
-        for path in "BC":
-            each = [slow / fast for slow, fast in zip(ms[path], ms["A"])]
-            assert np.allclose(report["ratios"][f"{path}/A"], [np.mean(each), min(each), max(each)])
-        assert {"command", "flags", "device", "threads", "versions"} <= set(report) and report["flags"]["width"] == 8
-        first = report["paths"][0]
-        assert set(first["phases_ms"]) == {"inner loop", "reader", "backward", "optimizer"}
-        assert first["evaluation_images_per_second"] > 0 and first["matrix_peak_tflops"] > 0
-        assert all(r["first_step_seconds"] > 0 and r["flops"] == first["flops"] for r in report["paths"])
+    def noted(owner, name):
+        def call(*args, **more):
+            used.add(f"{paths[-1]} {owner.__name__}")
+            return plain(*args, **more)
+        plain = getattr(owner, name)
+        return replaced(owner, name, call)
 
-        plan = bench.plan
-        args = settings.settings({"dataset": "cifar10", "mode": "cost"})
-        assert {(what, value) for what, value, _, _ in plan(args)} >= {
-            ("--batch-size", 8), ("--size", 48), ("--width", 256), ("--steps", 12)}
-        assert all(vars(changed)[what[2:].replace("-", "_")] == value for what, value, _, changed in plan(args))
-        with replaced(bench, "plan", lambda args: [r for r in plan(args) if r[0] == "--steps"][:2]):
-            status, out, err = bench_command(["cost", *small, "--out", "cost.json"])
-        assert status == 0, err
-        rows = json.loads(Path("cost.json").read_text())["cost"]
-        assert [r["value"] for r in rows] == [1, 2] and rows[0]["flops"] < rows[1]["flops"]
-        assert Path("cost.png").stat().st_size > 5000
+    with replaced(bench, "in_a_process", here), quick_times(), noted(bench, "textbook_backward"), \
+            noted(torch.autograd, "grad"), noted(torch.func, "grad"):
+        status, out, err = command(small, bench.main)
+    assert status == 0 and "ratio B/A" in out and max(map(len, out.splitlines())) <= 100, (out, err)
+    assert paths == [*"ABCABC"] and used == {"B bench", "B torch.autograd", "C torch.autograd", "C torch.func"}
+    runs, ratio = report("bench")["paths"], report("bench")["ratios"]["B/A"]
+    each = [np.median(runs[b]["ms"]) / np.median(runs[b - 1]["ms"]) for b in (1, 4)]
+    assert np.allclose(ratio, [np.mean(each), min(each), max(each)])
+    first = {key: value for key, value in runs[0].items() if key not in ("what", "value", "path")}
+    assert set(first["phases_ms"]) == {"inner loop", "reader", "backward", "optimizer"}
 
+    def planted(function, args, *_):
+        return first | {"flops": args.width * args.size * args.steps * args.batch_size}
 
-def test_bench_bad_input():
-    def never(*args):
-        raise AssertionError("measured before the input was checked")
-
-    with folder(), replaced(bench, "in_a_process", never):
-        Path("full.json").mkdir()
-        for flags, word in ((["--out", "full.json"], "full.json"), (["--out", "a.txt"], "a.txt"),
-                            (["--out", "no/a.json"], "no/a.json"), (["--freeze-siren"], "--freeze-siren"),
-                            (["cost", "--size", "40", "--fraction", "0.0007"], "--fraction"),
-                            (["--branch", "bias"], "--branch"), (["--head-dim", "60"], "--head-dim"),
-                            (["--width", "9" * 20, "--head-dim", "1"], "--width"), (["speed"], "speed"),
-                            (["--device", "tpu9"], "tpu9")):
-            status, out, err = bench_command(flags)
-            assert status == 2 and err.count("\n") == 1 and word in err and not out, (flags, status, out, err)
+    with replaced(bench, "in_a_process", planted):
+        assert command(["cost", *small, "--out", "cost.json"], bench.main)[0] == 0
+    rows = {(r["what"], r["value"]): r["flops"] for r in report("cost")["cost"]}
+    knobs = {"--batch-size": 4, "--size": 8, "--width": 8, "--steps": 2}
+    assert rows == {(name, f * value // 2): 512 * f // 2 for name, value in knobs.items() for f in (1, 2, 3, 4)}
+    assert Path("cost.png").exists()
+    with replaced(bench, "in_a_process", None):  # before anything is measured
+        for argv in ("--out no/a.json", "--freeze-siren", "speed", "cost --width 99", "--device tpu9"):
+            refused(argv.split(), argv.split()[-1], main=bench.main)
 
 
-def die():
-    os._exit(9)
-
-
-def test_a_measurement_has_a_process_of_its_own():
-    try:
-        bench.in_a_process(die)
-    except checkpoint.Stop as error:
-        assert error.status == 1 and "memory" in str(error)
-    else:
-        raise AssertionError("a killed process went unnoticed")
-
-
-def test_bench_imagenet_as_a_user_runs_it():
-    with folder():
-        flags = [*settings.as_flags(SMALL), "--size=64", "--fraction=0.001", "--no-compile", "--out=i.json"]
-        done = subprocess.run([sys.executable, HERE / "bench.py", "imagenet", *flags], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        report = json.loads(Path("i.json").read_text())
-        assert max(map(len, done.stdout.splitlines())) <= 100
-    hours = [report["hours"][n] for n in ("1", "8", "64")]
-    seconds = max(1 / report["imagenet"][0]["images_per_second"], report["decode_seconds"] / report["flags"]["workers"])
-    assert np.allclose(hours, [1_281_167 * 40 * seconds / 3600 / devices for devices in (1, 8, 64)])
+@folder()
+def test_bench_imagenet():
+    """Hours are not the longer of steps and decoding for 1,281,167 images; or no process of its own can be measured."""
+    assert bench.training_hours(3600, 10, 2.0, 1.0, devices=4, workers=2) == 5.0               # the steps take longer
+    argv = [*settings.as_flags(SMALL), "--size=64", "--fraction=0.001", "--no-compile", "--out=i.json"]
+    status, out, err = command(["imagenet", *argv], bench.main)
+    assert status == 0 and not err and max(map(len, out.splitlines())) <= 100, err
+    found = report("i")
+    seconds = 1 / found["imagenet"][0]["images_per_second"], found["decode_seconds"] / found["flags"]["workers"]
+    hours = [1_281_167 * 40 * max(seconds) / 3600 / devices for devices in (1, 8, 64)]
+    assert np.allclose([found["hours"][n] for n in ("1", "8", "64")], hours)
 
 
 # ---- diagnostics.py: planted truths ----------------------------------------------------------------------------------
@@ -2807,22 +2274,33 @@ def test_style():
     assert not found, "\n".join(found)
 
 
+def test_rooms():
+    """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings train bench claims diagnostics "
+             "interventions").split()
+    for i, room in enumerate(rooms):
+        needs = set()
+        for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
+            needs |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+            needs |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        needs = {name.split(".")[0] for name in needs} - set(sys.stdlib_module_names)
+        assert not needs & set(rooms[i:]), (room, needs)
+        assert i > 4 or needs <= ({"torch"}, {"torch", "numpy"}, {"numpy", "matplotlib"})[max(0, i - 2)], (room, needs)
+
+
 def main(words: list[str]):
     tests = [(name, f) for name, f in globals().items() if name.startswith("test_") and all(w in name for w in words)]
-    passed, failed, skipped = 0, 0, 0
+    failed = 0
     for name, test in tests:
-        began = time.monotonic()
+        began, verdict = time.monotonic(), "ok"
         torch.manual_seed(0)
         try:
             test()
-            verdict, passed = "ok", passed + 1
-        except SkipTest as reason:
-            verdict, skipped = f"skipped: {reason}", skipped + 1
         except Exception:
             traceback.print_exc()
             verdict, failed = "FAILED", failed + 1
         print(f"{name[5:]:70s} {time.monotonic() - began:6.1f} s  {verdict}", flush=True)
-    print(f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else ""))
+    print(f"{len(tests) - failed} passed, {failed} failed")
     sys.exit(1 if failed or not tests else 0)
 
 
