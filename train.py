@@ -180,7 +180,7 @@ class MWT(nn.Module):
         layers = tokens.chunk(len(self.siren.hidden), dim=1)
         named = {"phi - theta": torch.cat([first, tokens.flatten(1)], 1), "first layer": first}
         named |= {f"hidden layer {i + 1}": layer.flatten(1) for i, layer in enumerate(layers)}
-        return named | {"phi": (tokens + self.siren.hidden.flatten(0, 1)).flatten(1)}
+        return named
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, steps: int | None = None) -> Tensor:
