@@ -3,11 +3,11 @@ each change does and whether gains add up.
 
     python interventions.py --dataset digits --lanes all --seeds 3 --out sweep
     python interventions.py --lanes baseline bias route route+bias deeper --epochs 5 --out sweep
-    python interventions.py --report-only --out sweep      # tables and figures of what is there
+    python interventions.py --report-only --out sweep      # of what is there
 
-A lane is a few flags of train.py; any other flag holds for all lanes. A stopped sweep goes on with
-the same command. Several may share a folder, each in a terminal of its own, with other --lanes or
-seeds (--seed 3 --seeds 2: 3 and 4): no run is made twice, and a report is of all that are there.
+A lane is a few flags of train.py; any other flag holds for all. A stopped sweep goes on with the
+same command. Several may share a folder, in a terminal each, with other --lanes or seeds (--seed 3
+--seeds 2: 3 and 4): no run is made twice, and a report is of all that are there.
 
 Top to bottom: lanes, the folder, a run, its diagnosis, statistics, claims, report, program.
 """
@@ -51,8 +51,8 @@ from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment,
 # `column-random` of `bias`, `centred` of `colour`, `baseline64` of the contrastive lanes, whose
 # loss needs pairs of a class in a batch.
 
-TASK = "another weight of the class loss for the INR"
-CLUSTER = "batches of at least 64, and a supervised contrastive loss on phi - theta"
+TASK = "another weight of the class loss"
+CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
 LANES = {              # name: what changes, in words and in flags; None: `Sweep.change` has it
     "baseline": ("shared-anchor MWT", {}),
     "wt": ("no class loss for the INR", {"w_task": 0.0}),
@@ -61,7 +61,7 @@ LANES = {              # name: what changes, in words and in flags; None: `Sweep
     **{f"cluster{w:g}": (CLUSTER, {"batch_size": 64, "w_cluster": w}) for w in (0.01, 0.1, 1.0)},
     "route": ("learned queries gather the tokens, starting from their mean", {"readout": 8}),
     "bias": ("the bias column to the logits by a branch of its own", {"branch": "bias"}),
-    "column": ("as bias, but the column of highest energy in its seed's baseline", None),
+    "column": ("as bias, but the column of highest energy in its baseline", None),
     "column-random": ("as bias, but a random column, by the seed", None),
     "centred": ("the mean colour removed before fitting", {"centre_colour": True}),
     "colour": ("centred, with the mean colour through a branch like bias's",
@@ -89,8 +89,7 @@ def rivals(lane: str) -> list[str]:
 
 
 def with_baselines(lanes: list[str]) -> list[str]:
-    """The lanes asked for and their baselines, in order, the parts of a joined one too. InputError:
-    no such lane."""
+    """The lanes asked for and their baselines, in order. InputError: no such lane."""
     found = {"baseline"}
     for lane in lanes:
         parts = lane.split("+")
@@ -99,10 +98,6 @@ def with_baselines(lanes: list[str]) -> list[str]:
         lane = "+".join(sorted(parts, key=place))
         found |= {lane, rivals(lane)[0]}
     return sorted(found, key=place)
-
-
-def changed_by(base, changes: dict) -> argparse.Namespace:
-    return argparse.Namespace(**vars(base) | changes)
 
 
 def cost(args, facts) -> tuple[int, float]:
@@ -114,9 +109,8 @@ def cost(args, facts) -> tuple[int, float]:
 
 # ---- The folder ----------------------------------------------------------------------------------
 #
-# sweep.json holds what all runs share: written once, then compared. runs/ holds, of each run,
-# train.py's files, a .log of what it printed, and the .diagnosis.json that the report is made of: a
-# run is finished when that is there.
+# sweep.json holds what all runs share: written once, then compared. runs/ holds train.py's files of
+# each run, a .log, and the .diagnosis.json that the report is made of: with it a run is finished.
 
 FORMAT = {"format": "routed-inr sweep", "version": 1}
 NAME = re.compile(r"(.+)-seed(\d+)(-[0-9a-f]{8})?\.diagnosis\.json")   # older ones end in a hash
@@ -125,11 +119,11 @@ MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "seconds")
 
 @dataclass
 class Sweep:
-    """What the runs of a folder share, and what each has of its own."""
+    """What all runs of a folder share."""
     folder: Path
     base: argparse.Namespace       # settings
     threads: int                   # of every run, since rounding depends on it
-    facts: list                    # of the data: channels, class names, number of training images
+    facts: list                    # channels, class names, number of training images
 
     def change(self, part: str, seed: int, highest_column: int | None = None) -> dict:
         """The flags that a part of a lane changes."""
@@ -155,17 +149,18 @@ class Sweep:
         has = self.base.reader_depth
         changes = [{}, {"reader_depth": has + 1},
                    *(self.change(lane, 0) for lane in ("route", "bias", "colour", "dense"))]
-        now, one_more, *lanes = (cost(changed_by(self.base, c), self.facts) for c in changes)
+        now, one_more, *lanes = (cost(argparse.Namespace(**vars(self.base) | change), self.facts)
+                                 for change in changes)
         parameters, flops = map(max, zip(*lanes))
         more = max(0, math.ceil((parameters - now[0]) / (one_more[0] - now[0])),
                    math.ceil((1.25 * flops - now[1]) / (one_more[1] - now[1])))
         if more >= 50:
-            raise InputError(f"--lanes deeper: {more} more blocks would cost what dense does, with "
-                             f"all pixels in place of {self.base.fraction:g}; leave it out")
+            raise InputError(f"--lanes deeper: takes {more} more blocks to cost what dense does; "
+                             "leave it out")
         return has + more
 
     def args(self, lane: str, seed: int, runs: dict) -> argparse.Namespace:
-        """The settings of a run. runs: those that are there, for the column of the baseline."""
+        """The settings of a run. runs: those that are there, for the baseline's column."""
         highest = runs.get(("baseline", seed), {}).get("highest_column")
         changes = {"seed": seed, "out": str(self.folder / "runs" / f"{lane}-seed{seed}.pt")}
         for part in lane.split("+"):
@@ -173,7 +168,7 @@ class Sweep:
             for key in set(change) & set(changes):
                 raise InputError(f"--lanes {lane}: two of its parts set {flag(key)}")
             changes |= change
-        return changed_by(self.base, changes)
+        return argparse.Namespace(**vars(self.base) | changes)
 
 
 def read_runs(folder: Path) -> dict[tuple[str, int], dict]:
@@ -215,10 +210,9 @@ def write_json(path: Path, content: dict):
 
 # ---- A run ---------------------------------------------------------------------------------------
 #
-# Each by train.main in this process, as its printed command would. No two processes make the same
-# run: it is claimed first, by a file that only one can create. The claim of a process that is gone
-# is taken over: at once where this machine can tell, else after ten minutes (or twice
-# --save-minutes) without a new checkpoint.
+# By train.main in this process, as its printed command would. It is claimed first, by a file that
+# only one process can create. The claim of a process that is gone is taken over: at once where this
+# machine can tell, else after ten minutes (or twice --save-minutes) without a new checkpoint.
 
 OWNER = f"{os.getpid()} {platform.node()}"
 COMPILE = {None: [], True: ["--compile"], False: ["--no-compile"]}
@@ -235,12 +229,12 @@ def claim(args) -> bool:
         if not abandoned(path, args):
             return False
     path.write_text(OWNER)
-    time.sleep(0.2)                            # of several that take it over the last one has it
+    time.sleep(0.2)                            # of several the last one has it
     return path.read_text() == OWNER
 
 
 def abandoned(path: Path, args) -> bool:
-    """Whether the process that claimed a run is gone."""
+    """Whether the run's process is gone."""
     try:
         owner, files = path.read_text(), [path, Path(args.out)]
         last = max(file.stat().st_mtime for file in files if file.exists())
@@ -253,8 +247,7 @@ def abandoned(path: Path, args) -> bool:
 
 
 def make(args) -> str:
-    """Trains a run, or goes on training it, and diagnoses it, its output into its log. Returns ""
-    or why it failed. Stop: by a signal."""
+    """Trains a run, or goes on with it, and diagnoses it. Returns "" or why it failed."""
     flags = [*as_flags(vars(args) | {"compile": None}), *COMPILE[args.compile]]
     flags += ["--resume"] * Path(args.out).exists()
     if "torch._dynamo" in sys.modules:
@@ -266,7 +259,7 @@ def make(args) -> str:
             train.main(flags)
             write_json(Path(args.out).with_suffix(".diagnosis.json"), diagnose(args))
             return ""
-        except (OSError, RuntimeError, InputError):    # a full disk, no memory, data that changed
+        except (OSError, RuntimeError, InputError):    # no disk, no memory, other data
             traceback.print_exc()
         except SystemExit as error:
             if error.code >= 128:              # by Ctrl-C or SIGTERM; train.py has saved
@@ -307,8 +300,7 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
 # reader (diagnostics.py), and what exchanging the bias column between images costs.
 
 def predictions(model, fits: Fitted, donor: Tensor | None = None) -> Tensor:
-    """The model's own (n,), with the mean colour where a branch takes it; donor: the images (n,)
-    that the bias column is taken from."""
+    """The model's own (n,), its branch included; donor: images (n,) to take the bias column of."""
     found = []
     for rows in torch.arange(len(fits.labels)).split(BLOCK):
         tokens = fits.tokens[rows].clone()
@@ -355,9 +347,8 @@ def diagnose(args) -> dict:
 
 def contrasts() -> dict[str, Tensor]:
     """What is asked of the cells, as coefficients (8,). A main effect: the mean with a factor less
-    the mean without; an interaction: the difference of such differences (Fisher 1935; here not
-    halved); each averaged over the other factors. And what a joined cell has beyond the baseline
-    plus the gains of its single factors."""
+    that without; an interaction: the difference of such differences (Fisher 1935; here not halved);
+    each averaged over the other factors. And what a joined cell has beyond additive gains."""
     cells, each, found = torch.tensor(CELLS).double(), torch.eye(8).double(), {}   # (8, 3), (8, 8)
     for size in (1, 2, 3):
         for subset in itertools.combinations(range(3), size):
@@ -376,8 +367,8 @@ def log_odds(p: Tensor, n: int) -> Tensor:
 
 
 def over_seeds(y: Tensor) -> dict[str, tuple[float, float, float]]:
-    """The contrasts of y (8 cells, 2 seeds or more): value and t interval from the pooled residual
-    of cells + seeds, with (8 - 1)(seeds - 1) degrees of freedom."""
+    """The contrasts of y (8 cells, seeds): t intervals from the pooled residual of cells + seeds,
+    with (8 - 1)(seeds - 1) degrees of freedom."""
     seeds, freedom, found = y.shape[1], 7 * (y.shape[1] - 1), {}
     residual = y - y.mean(1, keepdim=True) - y.mean(0) + y.mean()
     variance = float(residual.square().sum()) / freedom
@@ -412,8 +403,7 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
 
 
 def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | None:
-    """Accuracy and purity of a lane less another's, over the seeds that both have; None where there
-    is none."""
+    """Accuracy and purity of a lane less another's, over the seeds that both have, if any."""
     pairs = [(a, b) for a in found[lane] for b in found.get(other, []) if a["seed"] == b["seed"]]
     if not pairs or lane == other:
         return None
@@ -424,7 +414,7 @@ def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | No
 
 
 def lane_row(lane: str, runs: list[dict]) -> dict:
-    """A lane's figures: of each measure the mean and, over seeds, the standard deviation."""
+    """Of each measure a lane's mean and, over seeds, standard deviation."""
     row = {key: runs[0][key] for key in ("lane", "parameters", "gflop_per_image")}
     row |= {key: runs[0]["training"][key] for key in ("w_task", "w_cluster")} | {"n": len(runs)}
     for key in MEASURED:
@@ -434,7 +424,7 @@ def lane_row(lane: str, runs: list[dict]) -> dict:
 
 
 def summarise(found: dict[str, list[dict]]) -> dict:
-    """All figures of the report. found: each lane's runs, one a seed."""
+    """The report. found: each lane's runs, one a seed."""
     differences = [difference(found, lane, other) for lane in found for other in rivals(lane)]
     models = {}                # two lanes may be the same: a model counts once
     for point in claims.points([run for runs in found.values() for run in runs]):
@@ -453,14 +443,13 @@ FEW = "not decided here (fewer than three seeds)"
 
 def additivity_verdict(found: dict) -> str:
     """found: the report's factorial."""
-    beyond, odds = (found[scale][f"{CELL_LANES[-1]} - additive"] for scale in
-                    ("accuracy", "log_odds"))
+    name = f"{CELL_LANES[-1]} - additive"
+    beyond, odds = found["accuracy"][name], found["log_odds"][name]
     if found["seeds"] < 3:
         return FEW
     if side(beyond, 0) == side(odds, 0) != 0:
         return "not additive"
-    within = side(beyond, -POINTS) > 0 > side(beyond, POINTS)
-    return "additive" if within else "not decided here"
+    return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else "not decided here"
 
 
 def all_claims(report: dict) -> list[str]:
@@ -469,8 +458,8 @@ def all_claims(report: dict) -> list[str]:
         "C1, C2: not decided here (too few seeds of the baseline)"]
     for lane in CELL_LANES[1:]:
         if (lane, "baseline") in found and (lane, "deeper") in found:
-            gain, beyond = (side(found[lane, other]["interval"], 0) for other in
-                            ("baseline", "deeper"))
+            gain, beyond = (side(found[lane, other]["interval"], 0)
+                            for other in ("baseline", "deeper"))
             verdict = decide(gain > 0 and beyond > 0, beyond < 0)
             lines.append(f"C4, {lane}: {verdict if found[lane, 'deeper']['seeds'] >= 3 else FEW}")
     if report["factorial"]:
@@ -486,16 +475,15 @@ best of k-NN and nearest mean on phi - theta, an image's weights less the shared
 of the pixels drawn. purity: share of an image's 10 nearest {images} in phi - theta that
 have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, the bias column
 exchanged between images. k par.: 1,000 parameters. MFLOP: a training step, an image. s: training,
-the median epoch times epochs, beside whatever else ran."""
+the median epoch times epochs."""
 DIFFERENCES = """\
-Paired by seed: [95% t interval over n seeds]; with n = 1 [95% over {images}]. Each is of one
-comparison: not corrected for their number."""
+Paired by seed: [95% t interval over n seeds]; with n = 1 [95% over {images}]. Not corrected
+for their number."""
 ABOUT = """\
-C1: class feedback, or pressure to cluster, does not make the weights' geometry track the reader.
-C2: purity goes with accuracy only at late stages of the reader. C4: route, bias and dense help more
-than deeper, which costs more than each, and do not add up. A lane is supported if lane - baseline
-and lane - deeper are above 0, refuted if lane - deeper is below; gains are not additive if all
-three - additive is on one side of 0 in accuracy and in log-odds, additive if within 2 points."""
+C1 and C2: claims.py says what they are. C4: route, bias and dense help more than deeper, which
+costs more than each, and do not add up. A lane is supported if lane - baseline and lane - deeper
+are above 0, refuted if lane - deeper is below; gains are not additive if all three - additive is on
+one side of 0 in accuracy and in log-odds, additive if within 2 points."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
 differences; a+b - additive: the joined lane less baseline and gains of its single lanes."""
@@ -507,9 +495,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table that reads on a terminal too: names, then numbers flush right."""
     widths = [max(2, *map(len, column)) for column in zip(header, *rows)]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-             for row in (header, rule, *rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(" | ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]),
+                                 ""]).strip() for row in (header, rule, *rows))
 
 
 def lane_table(rows: list[dict]) -> str:
@@ -536,7 +523,7 @@ def factorial_table(found: dict) -> str:
 
 
 def command_of(run: dict) -> str:
-    """What makes a run by itself, to the last bit on the same machine."""
+    """What makes a run by itself."""
     args = argparse.Namespace(**run["training"] | {"out": f"{run['lane']}-seed{run['seed']}.pt"})
     return " ".join([f"OMP_NUM_THREADS={run['threads']}", command_line(args),
                      *COMPILE[args.compile]])
@@ -555,7 +542,7 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
     drawn = [name for name, draw in FIGURES.items() if draw(folder / name, report, images)]
     text = [f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
             f"{len(runs)} runs of {len(found)} lanes, seeds {', '.join(map(str, seeds))}; "
-            f"{len(one['right'])} {images}; {one['device']}, torch {one['versions']['torch']}.",
+            f"{len(one['right'])} {images}; {one['device']}.",
             *(f"Not finished: {name}: {why}." for name, why in missing.items()),
             *tables, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
             *(f"![{name}]({name})" for name in drawn)]
@@ -576,7 +563,6 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
 
 # ---- The program ---------------------------------------------------------------------------------
 
-OWN = ("lanes", "seeds", "report_only", "out")
 UNUSED = ("resume", "eval_only", "ckpt", "steps_test")         # the diagnosis fits with k steps
 
 
@@ -599,10 +585,10 @@ def differing(made: dict, args) -> list[str]:
 
 
 def open_sweep(folder: Path, given: dict) -> Sweep:
-    """InputError: settings that do not go together, or not with what the folder holds."""
+    """InputError: settings that do not go together, or not with the folder's."""
     for key in set(UNUSED) & set(given):
         raise InputError(f"{flag(key)}: a flag of train.py alone")
-    base, there = settings({k: v for k, v in given.items() if k not in OWN}), read_sweep(folder)
+    base, there = settings({k: v for k, v in given.items() if k in RECIPE}), read_sweep(folder)
     find_device(base.device)
     facts = list(train.facts(load_dataset(base, train=False)[0]))
     if there is None:
@@ -615,12 +601,12 @@ def open_sweep(folder: Path, given: dict) -> Sweep:
 
 
 def check(sweep: Sweep, asked: list[tuple[str, int]]):
-    """InputError: a run that train.py would refuse, or one that was made as something else."""
+    """InputError: a run that train.py would refuse, or that was made as something else."""
     runs = read_runs(sweep.folder)
     for lane, seed in asked:
         args = sweep.args(lane, seed, runs)
         if args.batch_size > sweep.facts[2]:
-            raise InputError(f"--lanes {lane}: batches of {args.batch_size}, but there are only "
+            raise InputError(f"--lanes {lane}: batches of {args.batch_size}, but only "
                              f"{sweep.facts[2]} training images")
         if (lane, seed) in runs and args.branch != "column:None":
             for words in differing(runs[lane, seed]["training"], args):
@@ -664,7 +650,7 @@ def run(argv: list[str] | None):
 
 
 def main(argv: list[str] | None = None):
-    """Exit status: 0; 1 a run failed; 2 bad input; 130 or 143 stopped by Ctrl-C or SIGTERM."""
+    """Exit status: 0; 1 a run failed; 2 bad input; 130, 143 stopped by Ctrl-C, SIGTERM."""
     with exits("interventions.py"):
         run(argv)
 
