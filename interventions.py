@@ -480,10 +480,10 @@ DIFFERENCES = """\
 Paired by seed: [95% t interval over n seeds]; with n = 1 [95% over {images}]. Not corrected
 for their number."""
 ABOUT = """\
-C1 and C2: claims.py says what they are. C4: route, bias and dense help more than deeper, which
-costs more than each, and do not add up. A lane is supported if lane - baseline and lane - deeper
-are above 0, refuted if lane - deeper is below; gains are not additive if all three - additive is on
-one side of 0 in accuracy and in log-odds, additive if within 2 points."""
+C1: the weights do not cluster by class as well as the reader reads them. C2: classes come apart
+late in the reader. C4: route, bias, dense help more than deeper and do not add up: supported if
+lane - baseline and lane - deeper are above 0, refuted if lane - deeper is below; not additive if
+all three - additive is on one side of 0 in accuracy and in log-odds, additive within 2 points."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
 differences; a+b - additive: the joined lane less baseline and gains of its single lanes."""
