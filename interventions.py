@@ -53,7 +53,7 @@ from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment,
 
 TASK = "another weight of the class loss"
 CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
-LANES = {              # name: what changes, in words and in flags; None: `Sweep.change` has it
+LANES = {              # name: what changes, in words, in flags; None: `Sweep.change` has it
     "baseline": ("shared-anchor MWT", {}),
     "wt": ("no class loss for the INR", {"w_task": 0.0}),
     **{f"task{w:g}": (TASK, {"w_task": w}) for w in (0.001, 0.1, 1.0, 10.0)},
@@ -69,7 +69,7 @@ LANES = {              # name: what changes, in words and in flags; None: `Sweep
     "dense": ("four more inner steps, on all pixels", None),
     "deeper": ("capacity control: a deeper reader", None)}
 FACTORS = ("route", "bias", "dense")
-CELLS = list(itertools.product((0, 1), repeat=3))      # which of them are on
+CELLS = list(itertools.product((0, 1), repeat=3))      # which are on
 CELL_LANES = ["+".join(itertools.compress(FACTORS, cell)) or "baseline" for cell in CELLS]
 
 
@@ -229,7 +229,7 @@ def claim(args) -> bool:
         if not abandoned(path, args):
             return False
     path.write_text(OWNER)
-    time.sleep(0.2)                            # of several the last one has it
+    time.sleep(0.2)                            # of several the last has it
     return path.read_text() == OWNER
 
 
@@ -473,7 +473,7 @@ LANES_TABLE = """\
 n: seeds. accuracy: the reader's on {images}, mean ± sd over seeds. gap: accuracy less the
 best of k-NN and nearest mean on phi - theta, an image's weights less the shared anchor. PSNR: dB,
 of the pixels drawn. purity: share of an image's 10 nearest {images} in phi - theta that
-have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, the bias column
+have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, bias column
 exchanged between images. k par.: 1,000 parameters. MFLOP: a training step, an image. s: training,
 the median epoch times epochs."""
 DIFFERENCES = """\
