@@ -386,8 +386,8 @@ def purity_points(axis, points: list[tuple]):
 
 
 def lanes_figure(path: Path, report: dict, images: str) -> bool:
-    """Accuracy of each lane less its baseline's. images: what one seed's intervals are over."""
-    found = [row["difference"] for row in report["lanes"] if row["difference"]]
+    """Accuracy of each lane less its rivals'. images: what one seed's intervals are over."""
+    found = report["differences"]
     groups = {"n seeds": [each for each in found if each["seeds"] > 1],
               images: [each for each in found if each["seeds"] == 1]}
     groups = {over: rows for over, rows in groups.items() if rows}

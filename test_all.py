@@ -1098,17 +1098,48 @@ GAP, NO_ENDS = [0.1, 0.0, 0.2], [0.1, None, None]
 
 
 @folder()
-def test_figures_of_a_sweep():
-    """A figure without numbers is drawn all the same, or one with intervals that have no ends is not."""
+def test_figures_of_one_model():
+    for done in (planted_experiments(True), planted_experiments(False)):
+        assert drawn(figures.clustering_figure, done["clustering"]) and drawn(figures.flow_figure, done["token-flow"])
+        assert drawn(figures.bias_figure, done["bias-route"]) and drawn(figures.content_figure, done["content"])
+        assert drawn(figures.content_figure, {"regressions": done["content"]["regressions"]})
+        for some in (done, {}, {"clustering": done["clustering"]}):
+            model = {"name": "$a$", "reader": 0.7, "test": 9, "data": "$", "experiments": some}
+            assert drawn(figures.summary_figure, model)
+
+
+@folder()
+def test_figures_of_training_and_cost():
+    keys = ("epoch", "loss", "train_accuracy", "test_accuracy", "train_psnr", "test_psnr")
+    for channels, where in ((1, "test set"), (3, "validation share of the training set")):
+        images = np.zeros((1, channels, 4, 4))
+        shown = {"stages": [0, 2], "images": images, "shown": np.stack([images, images + 2]), "psnr": [[9.0], [20.0]],
+                 "classes": ["$"], "guesses": ["a$b$"]}
+        report = {"epochs": [dict.fromkeys(keys, 1)], "evaluated_on": where}
+        assert drawn(figures.training_figure, report, shown)
+    cost = [{"what": "k", "value": k, "ms": [9.0, 10.0], "flops": k * 1e9, "peak_memory_bytes": memory}
+            for k, memory in ((1, None), (2, 2 ** 30))]
+    assert drawn(figures.cost_figure, {"cost": cost, "device": "cpu"})
+
+
+@folder()
+def test_figures_of_a_sweep_say_whether_they_drew():
+    lanes = [{"lane": lane, "n": n, "purity": [0.2, sd], "reader": [0.4, sd], "w_task": 0.01}
+             for lane, n, sd in (("wt", 2, 0.1), ("task1", 1, None), ("deeper", 2, 0.1))]
+    differences = [{"lane": row["lane"], "minus": "wt", "seeds": row["n"], "interval": GAP} for row in lanes[1:]]
     rho = {"settings": 2, "spearman": {"phi - theta": NO_ENDS, "last - first": GAP}}
     points = [{"architecture": "a", "w_task": 0.1, "purity": 0.2, "reader": 0.4}, {"architecture": "b"}]
     across = {"points": points, "models": 2, "correlations": {"purity": rho, "stage purity": rho}}
-    whole = {"factorial": {"seeds": 1, "accuracy": {"bias": GAP}}, "across": across}
-    none = {"factorial": None, "across": across | {"correlations": {"stage purity": None}}}
-    for name in ("factorial", "population"):
-        draw, path = getattr(figures, f"{name}_figure"), Path(f"{name}.png")
-        assert draw(path, none, "test images") is False and not path.exists()
-        assert draw(path, whole, "test images") is True and path.read_bytes().startswith(b"\x89PNG")
+    report = {"lanes": lanes, "differences": differences, "factorial": {"seeds": 1, "accuracy": {"bias": GAP}},
+              "across": across}
+    none = {"lanes": lanes[:1], "differences": [], "factorial": None,
+            "across": across | {"correlations": {"stage purity": None}}}
+    for name in ("lanes", "clusters", "factorial", "population"):
+        draw = getattr(figures, f"{name}_figure")
+        assert drawn(draw, report, "test images") and draw(Path("figure.png"), report, "test images") is True
+        Path("figure.png").unlink()
+        assert draw(Path("figure.png"), none, "test images") is False and not Path("figure.png").exists()
+    assert drawn(figures.models_figure, none["across"])
 
 
 # ---- bench.py: outer gradients -------------------------------------------------------------------
@@ -1946,46 +1977,40 @@ def start_program(program, argv, threads="OMP_NUM_THREADS=1") -> subprocess.Pope
 # ---- interventions.py --------------------------------------------------------------------------------
 
 SWEEP = [*TINY, "--epochs", "1", "--seeds", "1", "--out", "sweep"]
-
-
 FLOPS = {}
 
 
-@contextlib.contextmanager
-def quick():
+def sweep(argv) -> tuple[int, str, str]:
     """No figure a run, and the FLOPs of models alike counted once."""
     def count(model, batch):
         key = str(model), model.inner_loop.steps, model.points, model.w_cluster > 0, batch
         FLOPS[key] = FLOPS.get(key) or plain(model, batch)
         return FLOPS[key]
 
-    with replaced(train.figures, "training_figure", lambda *more: None), \
+    with replaced(figures, "training_figure", lambda *more: None), \
             replaced(interventions, "count_flops", count) as plain:
-        yield
-
-
-def sweep(argv) -> tuple[int, str, str]:
-    with quick():
         return command(argv, interventions.main)
-
-
-def rejected(argv, word):
-    """One line that says what is wrong, before any work."""
-    status, out, err = sweep(argv)
-    assert status == 2 and err.count("\n") == 1 and word in err and not out, (argv, out, err)
-
-
-def weights_of(path) -> dict:
-    return read_checkpoint(path)["model"]
-
-
-def same_weights(a, b) -> bool:
-    a, b = weights_of(a), weights_of(b)
-    return set(a) == set(b) and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def run_file(name, pattern) -> Path:
     return next((Path(name) / "runs").glob(pattern))
+
+
+def same_weights(a, b) -> bool:
+    return same(read_checkpoint(a)["model"], read_checkpoint(b)["model"])
+
+
+def planted_runs(accuracies: dict, n=1000) -> dict:
+    """Runs {lane: one a seed} with these accuracies."""
+    found = {}
+    for lane, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            right = "".join("01"[int(i)] for i in order < round(accuracy * n))
+            found.setdefault(lane, []).append(dict.fromkeys(interventions.MEASURED, 1.0) | {
+                "lane": lane, "seed": seed, "reader": right.count("1") / n, "right": right, "setting": lane,
+                "parameters": 1, "gflop_per_image": 1.0, "training": {"w_task": 0.01, "w_cluster": 0.0}})
+    return found
 
 
 def test_factorial_on_planted_accuracies():
@@ -1996,199 +2021,186 @@ def test_factorial_on_planted_accuracies():
                "route+bias+dense - additive": -0.03 + 0.02, "route": 0.04 - 0.03 / 2 + 0.02 / 4,
                "bias": 0.02 - 0.03 / 2 + 0.02 / 4, "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2,
                "route x dense": 0.02 / 2, "bias x dense": 0.02 / 2, "route x bias x dense": 0.02}
-    exact = interventions.factorial(planted[:, None].repeat(1, 2))
+    exact = interventions.over_seeds(planted[:, None].repeat(1, 2))
     assert set(exact) == set(by_hand) and all(abs(v[0] - by_hand[k]) < 1e-12 for k, v in exact.items())
     g, repeats, covered = torch.Generator().manual_seed(0), 300, dict.fromkeys(by_hand, 0)
     for _ in range(repeats):           # seeds shift all lanes together
         shift, noise = torch.randn(3, generator=g), torch.randn(8, 3, generator=g)
-        for name, (_, low, high) in interventions.factorial(planted[:, None] + 0.02 * shift + 0.01 * noise).items():
+        for name, (_, low, high) in interventions.over_seeds(planted[:, None] + 0.02 * shift + 0.01 * noise).items():
             covered[name] += low <= by_hand[name] <= high
     assert all(0.92 <= k / repeats <= 0.98 for k in covered.values()), covered
-    # over images, one seed: eight correlated predictions of each image
-    rng = np.random.default_rng(0)
-    hit, level = 0, (0.5 + 0.05 * a - 0.05 * a * b).numpy()
+    # one seed, over images: eight correlated predictions of each image
+    rng, hit = np.random.default_rng(0), 0
+    cells, level = interventions.CELL_LANES, (0.5 + 0.05 * a - 0.05 * a * b).numpy()
     mean = np.where(level < 0.5, 2 * level ** 2, 1 - 2 * (1 - level) ** 2)             # of the triangular sum
-    for _ in range(40):
-        right = torch.from_numpy((0.5 * rng.random((500, 1)) + 0.5 * rng.random((500, 8)) < level).astype(float))
-        _, low, high = interventions.factorial_over_images(right)["route x bias"]
-        hit += low <= float(interventions.contrast((0, 1)) @ torch.from_numpy(mean)) <= high
-    assert hit >= 34, hit
+    for _ in range(20):
+        right = 0.5 * rng.random((300, 1)) + 0.5 * rng.random((300, 8)) < level
+        runs = {lane: [{"seed": 0, "right": "".join(map(str, column.astype(int)))}] for lane, column in
+                zip(cells, right.T)}
+        found = interventions.factorial(runs)
+        value, low, high = found["accuracy"]["route x bias"]
+        hit += low <= float(interventions.contrasts()["route x bias"] @ torch.from_numpy(mean)) <= high
+        assert found["seeds"] == 1 and np.sign(found["log_odds"]["route x bias"][0]) == np.sign(value)
+    assert hit >= 17, hit
     odds = interventions.log_odds(torch.tensor([0.75, 1.0], dtype=torch.float64), 10 ** 9)
     assert abs(float(odds[0]) - math.log(3)) < 1e-6 and torch.isfinite(odds).all()
 
 
-def planted_result(lane, seed, accuracy, n=1000) -> dict:
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    right = (order < round(accuracy * n)).int()
-    return dict.fromkeys(interventions.REPORTED, 1.0) | {
-        "lane": lane, "seed": seed, "reader": float(right.double().mean()), "right": "".join(map(str, right.tolist())),
-        "setting": lane, "training": {"w_task": 0.01, "w_cluster": 0.0},
-        "experiments": {"token-flow": {"late_minus_half": (0.0, -0.1, 0.1)}}}
-
-
-def planted_claims(gains: dict, noise=0.001, seeds=3) -> tuple[dict, dict]:
-    """The report of lanes with these gains, and {what a line of C4 is about: the line}."""
-    g = torch.Generator().manual_seed(0)
-    found = {lane: [planted_result(lane, seed, 0.5 + gain + 0.01 * seed + noise * float(torch.randn((), generator=g)))
-                    for seed in range(seeds)] for lane, gain in gains.items()}
-    across = {"verdicts": [], "correlations": {}}
-    with replaced(claims, "across", lambda points: across | {"models": len(points)}), \
-            replaced(claims, "points", lambda models: models):
-        report = interventions.summarise(found)
-    lines = interventions.all_claims(report)
-    return report, {line.split(":")[0]: line for line in lines if line.startswith("C4")}
-
-
 def test_report_of_planted_runs():
     """The rules of the verdicts: three seeds, a gain over the capacity control, and one that is not there."""
+    def verdicts(gains, noise=0.001, seeds=3) -> dict:
+        g = torch.Generator().manual_seed(0)
+        runs = planted_runs({lane: [0.5 + gain + 0.01 * seed + noise * float(torch.randn((), generator=g))
+                                    for seed in range(seeds)] for lane, gain in gains.items()})
+        across = {"verdicts": ["C1, wt: refuted.", "C1, baseline: supported."]}
+        with replaced(claims, "across", lambda points: across), replaced(claims, "points", lambda models: models):
+            return dict(line.split(": ") for line in interventions.all_claims(interventions.summarise(runs)))
+
     gains = {"baseline": 0.0, "deeper": 0.01, "route": 0.05, "bias": 0.01, "dense": 0.0, "route+bias": 0.02,
              "route+dense": 0.05, "bias+dense": 0.01, "route+bias+dense": 0.02}
-    report, lines = planted_claims(gains)
-    route, cell = report["lanes"][2], report["factorial"]["cells"][4]
-    assert cell["lane"] == "route" and abs(cell["additive"] - route["reader"][0]) < 1e-12
-    assert "supported" in lines["C4, route"] and "refuted" in lines["C4, dense"] and "not decided" in lines["C4, bias"]
-    assert ": not additive. All three together - the sum of their single gains -3." in lines["C4, adding up"], lines
-    lines = planted_claims(gains, seeds=1)[1]
-    assert all("not decided here (fewer" in line for line in lines.values()) and "one seed" in lines["C4, route"]
+    found, few = verdicts(gains), "not decided here (fewer than three seeds)"
+    expected = {"C1, baseline": "supported.", "C4, route": "supported", "C4, dense": "refuted",
+                "C4, bias": "not decided here", "C4, adding up": "not additive"}
+    assert len(found) == 9 and found | expected == found, found
+    assert set(verdicts(gains, seeds=1).values()) == {"supported.", few}
     single = {"route": 0.05, "bias": 0.02, "dense": 0.01}
-    sums = {lane: sum(single[part] for part in lane.split("+")) for lane in [*single, *interventions.COMBINED]}
-    sums = {"baseline": 0.0, "deeper": 0.0} | sums
-    assert ": additive." in planted_claims(sums)[1]["C4, adding up"]
-    assert ": not decided here." in planted_claims(sums, 0.02)[1]["C4, adding up"]
+    sums = {lane: sum(single.get(part, 0.0) for part in lane.split("+")) for lane in interventions.CELL_LANES}
+    assert verdicts(sums)["C4, adding up"] == "additive" and verdicts(sums, 0.02)["C4, adding up"] == "not decided here"
     # better than a control that depth harms, but worse than the baseline: no gain
-    lines = planted_claims({"baseline": 0.0, "deeper": -0.05, "route": -0.02, "bias": 0.03})[1]
-    assert "not decided here." in lines["C4, route"] and "supported" in lines["C4, bias"] and len(lines) == 2, lines
-    assert list(planted_claims({"baseline": 0.0, "bias": 0.0})[1].values())[0].startswith("C4: not measured")
-    runs = {lane: [planted_result("baseline", seed, 0.5) for seed in range(3)] for lane in ("baseline", "baseline64")}
+    found = verdicts({"baseline": 0.0, "deeper": -0.05, "route": -0.02, "bias": 0.03})
+    assert found["C4, route"] == "not decided here" and found["C4, bias"] == "supported" and len(found) == 3, found
+    assert list(verdicts({"baseline": 0.0, "bias": 0.0})) == ["C1, baseline"]
+    # a model under two names counts once; lanes are compared over the seeds that both have
+    runs = planted_runs({"baseline": [0.5, 0.6, 0.7], "wt": [0.4, 0.5]})
+    runs["baseline64"] = runs["baseline"]
     with replaced(claims, "across", len), replaced(claims, "points", lambda models: models):
-        assert interventions.summarise(runs)["across"] == 3            # a model under two names counts once
-    apart = {"a": [planted_result("a", 0, 0.5)], "b": [planted_result("b", 1, 0.5)]}
-    assert interventions.difference(apart, "a", "b") is None
+        assert interventions.summarise(runs)["across"] == 5
+    value, low, high = interventions.difference(runs, "wt", "baseline")["interval"]
+    assert abs(value + 0.1) < 1e-12 and abs(high - low) < 1e-12
+    runs["wt"] = runs["wt"][1:]                # one seed: over images
+    found = interventions.difference(runs, "wt", "baseline")
+    assert found["seeds"] == 1 and found["interval"][1] < -0.1 < found["interval"][2] and found["purity"][1] is None
+    assert interventions.difference(runs | {"wt": [runs["wt"][0] | {"seed": 9}]}, "wt", "baseline") is None
 
 
 def test_sweep_command():
     """A small sweep: its report is complete, every lane's printed command gives the same weights, what is finished is
     not made again, what fails is named and does not end it."""
-    lanes = ["column", "cluster1", "colour", "route+bias+dense", "deeper", "wt"]
+    lanes = ["column", "cluster1", "colour", "route+bias+dense", "deeper"]
+    half = [*SWEEP, "--fraction", "0.5", "--lanes"]
     with folder() as here:
-        status, out, err = sweep([*SWEEP, "--fraction", "0.5", "--lanes", *lanes])
-        assert status == 0 and not err, (out, err)
+        status, out, err = sweep([*half, *lanes])
+        assert status == 0 and "failed" not in out + err, (out, err)
         report = json.loads((here / "sweep" / "report.json").read_text())
-        rows = {row["lane"]: row for row in report["lanes"]}
-        assert set(rows) == {"baseline", "baseline64", *lanes} and not report["missing"] and not report["failed"]
+        rows, runs = ({row["lane"]: row for row in report[key]} for key in ("lanes", "runs"))
+        assert set(rows) == set(runs) == {"baseline", "baseline64", *lanes} and not report["missing"]
         text = (here / "sweep" / "report.md").read_text()
-        assert all(f"\n| {lane} " in text and f"\n{lane:18s} seed 0  accuracy" in "\n" + out for lane in lanes)
-        assert all(len(line) <= 100 for line in out.splitlines() if not line.startswith("wrote"))
+        assert all(f"\n| {lane} " in text and runs[lane]["command"] in text for lane in lanes)
+        assert all(len(line) <= 100 for line in out.splitlines()) and out.count(" seed 0 ") == 7
         # lanes of the factorial are missing, and models for a correlation
         assert {path.name for path in (here / "sweep").glob("*.png")} == {"lanes.png", "clusters.png"}
-        assert not list((here / "sweep").rglob("*.claim")) and len(list((here / "sweep" / "runs").glob("*.log"))) == 8
+        assert not list((here / "sweep").rglob("*.claim")) and len(list((here / "sweep" / "runs").glob("*.log"))) == 7
         assert rows["deeper"]["parameters"] >= max(rows[lane]["parameters"] for lane in ("colour", "column"))
         assert rows["deeper"]["gflop_per_image"] >= 1.25 * rows["colour"]["gflop_per_image"]
-        assert rows["wt"]["parameters"] == rows["baseline"]["parameters"]
-        contents = {run["lane"]: read_checkpoint(run["checkpoint"]) for run in report["runs"]}
+        contents = {lane: read_checkpoint(run_file("sweep", f"{lane}-seed0.pt")) for lane in runs}
         saved = {lane: content["args"] for lane, content in contents.items()}
         assert saved["cluster1"]["batch_size"] == 64 and saved["cluster1"]["w_cluster"] == 1.0
         joined = {"steps": 6, "fraction": 1.0, "branch": "bias", "readout": 8}
         assert saved["route+bias+dense"] | joined == saved["route+bias+dense"]
         found = json.loads(run_file("sweep", "baseline-*.diagnosis.json").read_text())
         assert saved["column"]["branch"] == f"column:{found['highest_column']}" and 0 <= found["highest_column"] < 8
-        for run in report["runs"]:             # the model's own accuracy, of a colour branch and drawn pixels too
-            assert contents[run["lane"]]["metrics"]["test_accuracy"] == run["reader"], run["lane"]
-        assert found["reader"] == rows["baseline"]["reader"][0] == found["right"].count("1") / 40
-        for run in report["runs"]:
-            threads, program, file, *words = shlex.split(run["command"])
+        for lane, run in runs.items():         # the model's own accuracy, of a colour branch and drawn pixels too
+            assert contents[lane]["metrics"]["test_accuracy"] == run["reader"] == rows[lane]["reader"][0], lane
+        assert found["reader"] == found["right"].count("1") / 40
+        for lane in ("column", "cluster1", "route+bias+dense"):
+            threads, program, file, *words = shlex.split(runs[lane]["command"])
             assert threads == f"OMP_NUM_THREADS={torch.get_num_threads()}" and [program, file] == ["python", "train.py"]
-            if run["lane"] == "column":
-                assert finish(start_program("train.py", [*words, "--out=alone.pt"], threads))[0] == 0
-            elif run["lane"] in ("cluster1", "colour", "route+bias+dense"):
-                with quick():
-                    assert command([*words, "--out=alone.pt"])[0] == 0
+            if lane == "column":
+                assert finish(start_program("train.py", words, threads))[0] == 0
             else:
-                continue
-            assert same_weights(run["checkpoint"], "alone.pt"), run["lane"]
-        # what is there stays, the report covers all that was asked for
-        files = [*(here / "sweep" / "runs").glob("*.pt")]
-        before = {path: path.stat().st_mtime_ns for path in files}
-        shutil.copytree(here / "sweep", here / "copy")
+                trained(words)
+            assert same_weights(run_file("sweep", f"{lane}-*.pt"), f"{lane}-seed0.pt"), lane
+        # what is there stays, and a report is of all of it
+        before = {path: path.stat().st_mtime_ns for path in (here / "sweep" / "runs").iterdir()}
         status, again, err = sweep(["--report-only", "--out", "sweep"])
         assert status == 0 and out.endswith(again), err
-        assert sweep([*SWEEP, "--fraction", "0.5", "--lanes", "wt", "--device", "cpu"])[0] == 0
-        assert len(json.loads((here / "sweep" / "report.json").read_text())["lanes"]) == 8
-        # other settings are trained; runs that fail do not end the sweep
-        status, out, err = sweep([*SWEEP, "--lanes", "wt", "column", "--lr", "1e30"])
-        assert status == 1 and "3 of the runs failed" in err.splitlines()[-1] and "not finite" in err, (out, err)
-        assert "column, seed 0 failed: it needs its seed's baseline" in err and "no run is finished" in out
-        assert {path: path.stat().st_mtime_ns for path in files} == before
-        run_file("copy", "wt-*.diagnosis.json").unlink()
-        run_file("copy", "wt-*.pt").write_text("no checkpoint")
-        status, out, err = sweep([*SWEEP, "--fraction", "0.5", "--lanes", "wt", "deeper", "--out", "copy"])
-        report = json.loads((here / "copy" / "report.json").read_text())
-        assert status == 1 and "wt, seed 0 failed: train.py: error: " in err and "not a checkpoint" in err, (out, err)
-        assert report["missing"] == ["wt seed 0"] and "wt, seed 0" in report["failed"] and "\n| deeper " in out
+        assert sweep([*half, "deeper", "--device", "cpu"])[0] == 0
+        assert json.loads((here / "sweep" / "report.json").read_text())["lanes"] == report["lanes"]
+        assert {path: path.stat().st_mtime_ns for path in (here / "sweep" / "runs").iterdir()} == before
+        # runs that fail do not end the sweep
+        run_file("sweep", "cluster1-*.diagnosis.json").unlink()
+        run_file("sweep", "cluster1-*.pt").write_text("no checkpoint")
+        status, out, err = sweep([*half, "cluster1", "deeper"])
+        assert status == 1 and "failed: cluster1 seed 0;" in err and "\n| deeper " in out, (out, err)
+        [(name, why)] = json.loads((here / "sweep" / "report.json").read_text())["missing"].items()
+        assert name == "cluster1 seed 0" and why.startswith("failed: train.py: error: ") and "not a checkpoint" in why
+        status, out, err = sweep([*SWEEP, "--lanes", "wt", "column", "--lr", "1e30", "--out", "bad"])
+        assert status == 1 and out.count("not finite") == 2 and "no run is finished" in err, (out, err)
+        assert "column seed 0 " in out and "needs its seed's baseline" in out, out
 
 
 def test_what_a_sweep_refuses():
     """All that can be wrong is named in one line before any work, and nothing is made or changed."""
+    def rejected(argv, word):
+        refused(argv, word, main=interventions.main)
+
     with folder() as here:
         assert sweep([*SWEEP, "--lanes", "baseline"])[0] == 0
         for argv, word in (
                 (["--lanes", "magic"], "magic"), (["--lanes", "all", "magic"], "magic"),
-                (["--lanes", "bias+bias"], "twice"),
-                (["--lanes", "baseline+bias"], "baseline"), (["--lanes", "bias+colour"], "--branch"),
-                (["--lanes", "bias", "--branch", "bias"], "same as baseline"), (["--seeds", "0"], "--seeds"),
-                (["--lanes", "column+bias", "--out", "small"], "bias+column: two"), (["--report-only"], "--out alone"),
-                (["--lanes", "cluster1", "--train-size", "40", "--out", "small"], "batches of 64"),
-                (["--lanes", "deeper", "--fraction", "0.02", "--size", "32", "--out", "small"], "deeper"),
-                (["--train-size", "200"], "--train-size 160, not 200"), (["--out", "no/such"], "no folder"),
-                (["--out", "."], "something else"), (["--steps-test", "2"], "--steps-test"), (["--resume"], "--resume"),
-                (["--branch", "magic"], "--branch")):
+                (["--lanes", "bias+bias"], "--branch"), (["--lanes", "bias+colour"], "--branch"),
+                (["--lanes", "column+bias", "--out", "new"], "bias+column: two"), (["--seeds", "0"], "--seeds"),
+                (["--lanes", "cluster1", "--train-size", "40", "--out", "new"], "batches of 64"),
+                (["--lanes", "deeper", "--fraction", "0.02", "--size", "32", "--out", "new"], "deeper"),
+                (["--train-size", "200"], "--train-size 160, not 200"), (["--lr", "1"], "--lr 0.003, not 1.0"),
+                (["--out", "no/such", "--lanes", "wt"], "No such file"), (["--out", "."], "something else"),
+                (["--steps-test", "2"], "--steps-test"), (["--resume"], "--resume"),
+                (["--branch", "magic"], "--branch"), (["--report-only"], "--out alone")):
             rejected([*SWEEP, *argv], word)
         rejected(["--lanes", "wt"], "--out")
-        rejected(["--report-only", "--out", "small"], "no sweep")
-        assert not (here / "small").exists()
+        rejected(["--report-only", "--out", "new"], "--out alone")
+        with replaced(interventions, "LANES", interventions.LANES | {"baseline": ("", {"readout": 3})}):
+            rejected([*SWEEP, "--lanes", "baseline"], "made with --readout 0, not 3")
         # a damaged file, or data that changed
-        for path, text in ((run_file("sweep", "*.diagnosis.json"), "{}"),
-                           (here / "sweep" / "sweep.json", json.dumps(interventions.MARK | {"settings": {}}))):
+        mark = here / "sweep" / "sweep.json"
+        for path, text in ((run_file("sweep", "*.diagnosis.json"), "{}"), (mark, "[]")):
             kept = path.read_text()
             for damaged in (text, kept[:len(kept) // 2]):
                 path.write_text(damaged)
                 for argv in ([*SWEEP, "--lanes", "baseline"], ["--report-only", "--out", "sweep"]):
-                    rejected(argv, "damaged" if "diagnosis" in path.name else "something else")
+                    rejected(argv, "something else" if path == mark else "damaged")
             path.write_text(kept)
-        mark = json.loads((here / "sweep" / "sweep.json").read_text())
-        (here / "sweep" / "sweep.json").write_text(json.dumps(mark | {"facts": [1, mark["facts"][1], 7]}))
-        rejected([*SWEEP, "--lanes", "wt"], "data were changed")
-    assert interventions.in_order(["bias+route", "cluster0.1+bias"]) == [
-        "baseline", "baseline64", "route+bias", "bias+cluster0.1"]
+        mark.write_text(json.dumps(json.loads(mark.read_text()) | {"facts": [1, ["a"], 7]}))
+        rejected([*SWEEP, "--lanes", "wt"], "other data")
+    assert interventions.with_baselines(["bias+route", "cluster0.1+bias"]) == [
+        "baseline", "baseline64", "cluster0.1+bias", "route+bias"]
 
 
-def test_claims():
+def test_claimed_runs():
     """A claim is respected, unless its process is gone or it and the checkpoint have been silent for ten minutes."""
     with folder():
         args = types.SimpleNamespace(out="run.pt", save_minutes=5.0)
-        path, gone = Path("run.claim"), subprocess.Popen([sys.executable, "-c", ""])
+        path, checkpoint, gone = Path("run.claim"), Path("run.pt"), subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
-        assert interventions.claim(args) and path.exists()
-        interventions.release(args)
-        assert not path.exists()
-        for owner, ages, taken in ((f"1 {platform.node()}", {}, False), ("1 elsewhere", {}, False), ("", {}, False),
-                                   (f"{gone.pid} {platform.node()}", {}, True), (f"{gone.pid} elsewhere", {}, False),
+        assert interventions.claim(args) and path.read_text() == interventions.OWNER
+        here = platform.node()
+        for owner, ages, taken in ((f"1 {here}", {}, False), ("1 elsewhere", {}, False), ("", {}, False),
+                                   (f"{gone.pid} {here}", {}, True), (f"{gone.pid} elsewhere", {}, False),
                                    ("1 elsewhere", {path: 590}, False), ("1 elsewhere", {path: 610}, True),
-                                   ("1 elsewhere", {path: 900, Path("run.pt"): 590}, False),
-                                   ("1 elsewhere", {path: 590, Path("run.pt"): 900}, False),
-                                   ("1 elsewhere", {path: 900, Path("run.pt"): 610}, True)):
-            Path("run.pt").unlink(missing_ok=True)
+                                   ("1 elsewhere", {path: 900, checkpoint: 590}, False),
+                                   ("1 elsewhere", {path: 590, checkpoint: 900}, False),
+                                   ("1 elsewhere", {path: 900, checkpoint: 610}, True)):
+            checkpoint.unlink(missing_ok=True)
             path.write_text(owner)
             for file, age in ages.items():
                 file.touch()
                 os.utime(file, (time.time() - age,) * 2)
             assert interventions.claim(args) == taken, (owner, ages)
-            interventions.release(args)
-            assert path.exists() != taken, (owner, ages)           # another's is not released
+            assert path.read_text() == (interventions.OWNER if taken else owner)
         args.save_minutes = 20.0               # a run at work may be silent for so long
-        os.utime("run.pt", (time.time() - 1000,) * 2)
         path.write_text("1 elsewhere")
-        os.utime(path, (time.time() - 1000,) * 2)
+        for file in (path, checkpoint):
+            os.utime(file, (time.time() - 1000,) * 2)
         assert not interventions.claim(args)
 
 
@@ -2200,21 +2212,17 @@ def test_two_sweeps_share_a_folder():
         wait_for(lambda: list(Path().glob("sweep/runs/*.claim")), process)
         ends = sweep([*flags, "--seeds", 2]), finish(process)
         assert [status for status, _, _ in ends] == [0, 0], ends
-        assert "made by another process: baseline seed 0\n" in ends[0][1], ends       # it went on with the others
+        assert "baseline seed 0         being made by another process\n" in ends[0][1], ends  # it went on with others
         logs = [path.read_text() for path in Path("sweep/runs").glob("*.log")]
         assert len(logs) == 4 and all(log.count("epoch   1/2") == 1 for log in logs)
-        report = json.loads(Path("sweep/report.json").read_text())
-        assert len(report["runs"]) == 4 and "--seeds 2 " in report["command"] and not report["missing"]
         # a run of another machine is left out, and named
-        diagnosis = run_file("sweep", "wt-seed1-*.diagnosis.json")
-        claim = diagnosis.with_suffix("").with_suffix(".claim")
+        diagnosis = run_file("sweep", "wt-seed1.diagnosis.json")
         diagnosis.unlink()
-        claim.write_text("1 elsewhere")
-        status, out, err = sweep([*flags, "--seed", 1, "--seeds", 2])
-        assert status == 0 and "being made by another process: wt seed 1\n" in out and claim.exists(), (out, err)
+        Path("sweep/runs/wt-seed1.claim").write_text("1 elsewhere")
+        status, out, err = sweep([*flags, "--seed", 1, "--seeds", 1])
         report = json.loads(Path("sweep/report.json").read_text())
-        assert len(report["runs"]) == 5 and report["missing"] == ["wt seed 1"] and report["flags"]["seed"] == 0
-        assert "--seeds 3 " in report["command"]
+        assert status == 0 and report["missing"] == {"wt seed 1": "being made by another process"}, (out, err)
+        assert [(run["lane"], run["seed"]) for run in report["runs"]] == [("baseline", 0), ("baseline", 1), ("wt", 0)]
 
 
 def test_killed_sweep_goes_on():
@@ -2229,20 +2237,29 @@ def test_killed_sweep_goes_on():
             status, _, err = finish(process)
             assert "progress" in read_checkpoint(run_file("killed", f"{lane}-*.pt"))
             assert len(list(here.glob("killed/runs/*.claim"))) == (number == signal.SIGKILL)
-        assert status == 143 and err == "interventions.py: stopped; the same command goes on\n", err
+        assert status == 143 and err.endswith("interventions.py: stopped; the same command goes on\n"), err
         assert sweep([*flags, "--out", "killed"])[0] == 0 and sweep([*flags, "--out", "straight"])[0] == 0
         for lane in ("baseline", "wt"):
             assert same_weights(*(run_file(name, f"{lane}-*.pt") for name in ("killed", "straight"))), lane
 
 
 def test_recorded_runs_are_recognised():
-    """The names of the recorded CIFAR-10 runs follow from their sweep.json, where a setting stands that is none now."""
+    """The report of the recorded CIFAR-10 runs comes out again, from a folder with settings that are none now."""
     path = HERE / "results" / "cifar10-jpeg-16px-sweep"
-    names = {file.name.removesuffix(".diagnosis.json") for file in path.glob("runs/*.diagnosis.json")}
-    recorded = interventions.Sweep(path, interventions.read_mark(path))
-    assert "bench" in json.loads((path / "sweep.json").read_text())["settings"] and recorded.depth == 13
-    found = [recorded.args(lane, seed) for lane in recorded.lanes for seed in recorded.seeds]
-    assert len(names) == 26 and names <= {Path(args.out).stem for args in found if args}
+    recorded = json.loads((path / "report.json").read_text())
+    assert "bench" in json.loads((path / "sweep.json").read_text())["settings"]
+    assert interventions.read_sweep(path).depth == 13
+    with folder():
+        shutil.copytree(path, "copy")
+        status, out, err = sweep(["--report-only", "--out", "copy"])
+        assert status == 0, err
+        report, text = json.loads(Path("copy/report.json").read_text()), Path("copy/report.md").read_text()
+    once, now = ({(run["lane"], run["seed"]): run["reader"] for run in r["runs"]} for r in (recorded, report))
+    assert len(now) == 26 and now == once
+    assert all(run["command"] in text for run in recorded["runs"])
+    words = [{line.split(":")[0]: line.split(":")[1].split(".")[0] for line in r["claims"]
+              if line.startswith(("C1, baseline", "C2", "C4"))} for r in (recorded, report)]
+    assert words[0] == words[1] and len(words[0]) == 10, words
 
 
 def test_contrastive_loss_makes_the_weights_purer():
@@ -2250,8 +2267,8 @@ def test_contrastive_loss_makes_the_weights_purer():
     purity = {}
     flags = ["--train-size", 320, "--width", 16, "--head-dim", 8, "--reader-depth", 1, "--batch-size", 64]
     for weight in (0.0, 1.0):
-        with folder(), quick():
-            assert command([*flags, "--epochs", 8, "--w-cluster", weight])[0] == 0
+        with folder():
+            trained(list(map(str, flags)), f"--epochs 8 --w-cluster {weight}")
             model, args = load_checkpoint("out.pt")
             _, test = data.load_dataset(args)
             fits = diagnostics.fit_all(model.fit, test, "cpu")
