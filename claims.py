@@ -160,19 +160,19 @@ def clustering_claims(c: dict) -> list[str]:
 
 
 def flow_claims(f: dict) -> list[str]:
-    if "views" not in f:
+    if "rises" not in f:
         return ["C2a: no verdict: there is no untrained reader to compare with"]
-    verdict = late_verdict(f["views"], f["blocks"])
+    verdict = late_verdict(f["rises"], f["blocks"])
     names = {"pooled": "mean token", "flattened": "all tokens flattened"}
     found = "; ".join(f"{names[view]}: {span(each['rise'], 100)}, late - early "
-                      f"{span(each['late_less_early'], 100)}" for view, each in f["views"].items())
+                      f"{span(each['late_less_early'], 100)}" for view, each in f["rises"].items())
     return [f"C2a, classes come apart late: {verdict}. Rise of 10-NN over untrained readers, "
             f"points, {found}; rule: late - early > 0 in both views, refuted < 0 in both"]
 
 
 def route_claims(b: dict) -> list[str]:
     verdict = route_verdict(b["controls"], b["reader"], b["chance"])
-    found = "; ".join(f"- {each['number']} x {name} {span(each['margin'], 100)}"
+    found = "; ".join(f"{each['number']} sets of {name} {span(each['margin'], 100)}"
                       for name, each in b["controls"].items())
     return [f"C3, the bias column is a route beyond its size: {verdict}. Loss when exchanged "
             f"{span(b['permuted'], 100)} points; less that of what has its size: {found or 'none'};"
@@ -244,15 +244,15 @@ def point(model: dict) -> dict:
              "setting": method + key_of(flags, ["seed"]), "bank": model.get("bank"),
              "architecture": method + key_of(flags, TRAINING)}
     if c := done.get("clustering"):
-        found |= {"purity": c["purity"], "chance": c.get("chance", 1 / c["classes"])}
+        found |= {"purity": c["purity"], "chance": c.get("chance", 0.0)}
         for letter in "GL":
             if letter in c:
                 found |= {letter: c[letter]["accuracy"], f"R - {letter}": c[letter]["gap"][0],
                           f"{letter} on pixels": c[letter]["pixels"]}
     if f := done.get("token-flow"):
-        if "views" in f:
+        if "rises" in f:
             found["blocks"] = f["blocks"]
-            for view, each in f["views"].items():
+            for view, each in f["rises"].items():
                 found |= {f"rise {view}": each["rise"][0], f"late {view}":
                           each["late_less_early"][0]}
         if "reader_halves" in f:

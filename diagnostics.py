@@ -196,14 +196,14 @@ def opponents(right: Tensor, hits: dict, held: dict, seed: int) -> dict:
 
 
 def clustering_table(result: dict) -> str:
-    keys = {"1-NN %": "knn1", "10-NN %": "knn10", "mean %": "nearest_mean", "linear %": "linear",
-            "MLP %": "mlp", "shuffl. %": "knn10_shuffled", "purity": "purity",
+    keys = {"1-NN": "knn1", "10-NN": "knn10", "mean": "nearest_mean", "linear": "linear",
+            "MLP": "mlp", "shuffled": "knn10_shuffled", "purity": "purity",
             "silh.": "silhouette", "Fisher": "fisher"}
     rows = [[row["coordinate"], *(cell(row, key) for key in keys.values())]
             for row in result["rows"]]
     rows.append(["trained reader", "", percent(result["reader"])])
     text = (table(["coordinate", *keys], rows) + f"\nbank {result['bank']}, test {result['test']} "
-            "images; shuffl.: 10-NN, the bank's labels shuffled")
+            "images; accuracies in %; shuffled: 10-NN, the bank's labels shuffled")
     for letter in "GL":
         if letter in result:
             best = result[letter]
@@ -347,7 +347,7 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
               "blocks": len(whole_blocks(stages, reader)) - 1, "untrained": len(untrained),
               "test": len(labels), "classes": int(labels.max()) + 1}
     if untrained:
-        result["views"] = {view: rise(each, ends, seed) for view, each in hits.items()}
+        result["rises"] = {view: rise(each, ends, seed) for view, each in hits.items()}
     return result
 
 

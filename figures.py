@@ -218,8 +218,8 @@ def accuracy_by_stage(axis, result: dict, view: str):
     if view == "pooled":
         series += [("pooled_linear", "C1^-", "linear probe"),
                    ("logit_lens", "C4s--", "head applied early")]
-    if view in result.get("views", {}):
-        late = result["views"][view]["late_less_early"]
+    if view in result.get("rises", {}):
+        late = result["rises"][view]["late_less_early"]
         title += f"\nlate - early rise {span(late, 100)} points"
     lines(axis, [row for row in result["rows"] if f"{view}_knn10" in row], series)
     axis.axhline(100 * result["reader"], color="black", linewidth=1, label="trained reader")

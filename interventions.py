@@ -38,9 +38,9 @@ from bench import count_flops
 from checkpoint import InputError, Stop, exits, generator, model_from, read_checkpoint, seeded
 from claims import POINTS, decide, fold, side, span
 from data import load_dataset
-from diagnostics import (BLOCK, Fitted, accuracy, clustering, coordinate_systems, donors, fit_all,
-                         token_flow)
+from diagnostics import Fitted, accuracy, clustering, coordinate_systems, fit_all, token_flow
 from measures import bootstrap, paired_bootstrap, t_interval, t_quantile
+from routes import BLOCK, donors
 from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment, find_device, flag,
                       parser, settings, whole)
 
@@ -321,8 +321,9 @@ def diagnose(args) -> dict:
         untrained = type(model.reader)(*model.reader.arguments).to(device).requires_grad_(False)
     guesses, labels = predictions(model, queries), queries.labels
     geometry = clustering(coordinate_systems(model, bank, queries), bank.labels, labels, guesses,
-                          probe=False)
-    flow = token_flow(model.trace, untrained.trace, bank, queries, flattened=False, probe=False)
+                          probes=False)
+    flow = token_flow(model.trace, [untrained.trace], bank, queries, model.reader, flattened=False,
+                      probes=False)
     exchanged = [accuracy(predictions(model, queries, donors(labels, "any", repeat, 0)), labels)
                  for repeat in range(5)]
     parameters, flops = cost(args, content["data"])
@@ -332,7 +333,7 @@ def diagnose(args) -> dict:
             "right": "".join(map(str, (guesses == labels).int().tolist())),
             "psnr": content["metrics"]["test_psnr"],
             "seconds": len(epochs) * statistics.median(epochs), "parameters": parameters,
-            "gflop_per_image": flops / 1e9, "purity": geometry["purity"], "gap": geometry["gap"][0],
+            "gflop_per_image": flops / 1e9, "purity": geometry["purity"], "gap": geometry["G"]["gap"][0],
             "last_knn10": flow["rows"][-1]["pooled_knn10"],
             "lost": reader - statistics.fmean(exchanged),
             "highest_column": int(bank.tokens[..., :-1].var(0).sum(0).argmax()),
@@ -427,8 +428,8 @@ def summarise(found: dict[str, list[dict]]) -> dict:
     """The report. found: each lane's runs, one a seed."""
     differences = [difference(found, lane, other) for lane in found for other in rivals(lane)]
     models = {}                # two lanes may be the same: a model counts once
-    for point in claims.points([run for runs in found.values() for run in runs]):
-        models.setdefault((point["setting"], point["seed"]), point)
+    for run in (run for runs in found.values() for run in runs):
+        models.setdefault(claims.key_of(run["training"]), run)
     return {"lanes": [lane_row(lane, runs) for lane, runs in found.items()],
             "differences": [each for each in differences if each], "factorial": factorial(found),
             "across": claims.across(list(models.values()))}

@@ -1428,7 +1428,7 @@ def test_token_flow_on_planted_truths():
     assert min(end[key] for key in ("pooled_knn10", "flattened_knn10", "unseen_knn10", "purity")) > 0.99
     assert late["ends"] == ["input map", "block 1", "block 1", "block 2"] and late["blocks"] == 2
     gain = [row["pooled_knn10"] - row["untrained_pooled_knn10"] for row in late["rows"]]
-    view = late["views"]["pooled"]
+    view = late["rises"]["pooled"]
     assert abs(view["rise"][0] - (gain[3] - gain[1])) < 1e-9
     assert abs(view["late_less_early"][0] - (gain[3] - gain[2] - (gain[2] - gain[1]))) < 1e-9
     verdict = lambda found: verdict_of(claims.flow_claims(found), "C2a")
@@ -1441,7 +1441,7 @@ def test_token_flow_on_planted_truths():
     head.weight.copy_(torch.eye(4, 30))
     reader = types.SimpleNamespace(head=head, blocks=[None] * 2)               # two sub-blocks: states "input map" and
     alone = token_flow_of("second", null=False, reader=reader, flattened=False)        # "block 2" end a whole block
-    assert alone["ends"][-1] == "block 2" and alone["blocks"] == 1 and "views" not in alone
+    assert alone["ends"][-1] == "block 2" and alone["blocks"] == 1 and "rises" not in alone
     assert verdict(alone) == "no verdict: there is no untrained reader to compare with"
     assert alone["rows"][-1]["logit_lens"] > 0.99 > 0.4 > alone["rows"][1]["logit_lens"]
     assert alone["rows"][-1]["auroc"] is None and "flattened_knn10" not in alone["rows"][-1]
@@ -1679,7 +1679,7 @@ def model_report(setting, seed, gap, margin=0.05, late=0.1, stages=(0.5, 0.5)) -
     return {"name": f"{setting}-{seed}", "reader": 0.4 + gap, "bank": 100,
             "training": {"seed": seed, "w_task": setting, "width": 8}, "experiments": {
                 "clustering": {"purity": stages[0], "chance": 0.1, "G": opponent, "L": opponent},
-                "token-flow": {"views": {"pooled": view, "flattened": view}, "blocks": 4, "reader_halves": [0.4 + gap] * 2,
+                "token-flow": {"rises": {"pooled": view, "flattened": view}, "blocks": 4, "reader_halves": [0.4 + gap] * 2,
                                "rows": [{"stage": "MLP 1", "purity_halves": list(stages)}]},
                 "bias-route": {"permuted": about(0.1), "above_sets": 1.0,
                                "controls": {"random columns": control, "principal components": control}}}}
@@ -2293,8 +2293,8 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings train bench claims diagnostics "
-             "interventions").split()
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings train bench claims routes "
+             "diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
