@@ -403,9 +403,9 @@ def auroc(score, right):
     high, low = score[right].sort().values, score[~right].sort().values
     if not len(high) or not len(low):
         return None
-    above = (torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)) / 2
-    below = (torch.searchsorted(high, low) + torch.searchsorted(high, low, right=True)) / 2
-    value = above.mean().item() / len(low)
+    above, below = ((torch.searchsorted(other, x) + torch.searchsorted(other, x, right=True)) / 2.0
+                    for x, other in ((high, low), (low, high)))
+    value = above.double().mean().item() / len(low)
     spread = [x.double().var(correction=0).item() / len(other) ** 2 / len(x)
               for x, other in ((above, low), (below, high))]
     half = 1.959964 * math.sqrt(sum(spread))
