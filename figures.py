@@ -249,7 +249,7 @@ def knocked_out(axis, result: dict, where: str):
 
 def exchanged(axis, result: dict, groups: tuple):
     """Rows of these groups; without "replaced" the bias column exchanged alone."""
-    styles = {"replaced": ("bias column: ", "C0o"), "kept": ("kept: ", "C2^"),
+    styles = {"replaced": ("bias column: ", "C0o"),
               "control": ("same size: ", "C1s"), "route": ("another route: ", "C7d")}
     rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
     for row in result["rows"]:
@@ -326,7 +326,7 @@ def flow_figure(path: Path, result: dict):
 
 def bias_figure(path: Path, result: dict):
     figure, (left, right) = canvas(1, 2, 13, 7)
-    exchanged(left, result, ("replaced", "kept", "control", "route"))
+    exchanged(left, result, ("replaced", "control", "route"))
     cut_to_rank(right, result)
     figure.savefig(path)
 
