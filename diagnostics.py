@@ -39,7 +39,8 @@ from measures import (DECAYS, PENALTIES, auroc, bootstrap, chance, crossed, fish
                       fit_linear, fit_mlp, fit_probe, knn_predict, nearest, nearest_mean_predict,
                       paired_bootstrap, purity, silhouettes, vote, wilson)
 from routes import (BLOCK, bias_route, bias_table, by_blocks, content, content_table, other_routes)
-from settings import Parser, command_line, environment, find_device, free_memory, whole
+from settings import RECIPE, Parser, command_line, environment, find_device, free_memory, whole
+from train import train_reader
 
 REFERENCE = 2000           # training images for means, principal components and regressions
 UNTRAINED = 5              # readers with initial parameters, to compare with
@@ -469,20 +470,57 @@ def knock_out_table(found: list[dict]) -> str:
     return table(["loss of accuracy, points; block", *map(str, blocks)], rows)
 
 
+# ---- Learning curve: not among the default experiments -------------------------------------------
+#
+# What does a Transformer add to a simple classifier on the same weights, and from how many training
+# images on? On the first 1,000, 2,500, ... fitted images a new reader is trained, in as many steps
+# as all of them take, and the two trained classifiers.
+
+SIZES = (1000, 2500, 5000, 10000, 25000)
+
+
+def learning_curve(bank: Fitted, queries: Fitted, args, seed=0) -> dict:
+    """args: the reader's settings and recipe, as `train.train_reader` takes them."""
+    rows, labels, total = [], queries.labels, len(bank.labels)
+    for n in [size for size in SIZES if size < total] + [total]:
+        part = bank.take(sample(bank.labels, n))
+        recipe = argparse.Namespace(**vars(args) | {"epochs": round(args.epochs * total / n)})
+        reader = train_reader(part.tokens, part.labels, recipe).requires_grad_(False)
+        right = {"reader": by_blocks(reader, queries.tokens).argmax(1) == labels}
+        for kind, (fit, settings) in PROBES.items():
+            guesses, _ = fit_probe(fit, settings, part.tokens.flatten(1), part.labels,
+                                   queries.tokens.flatten(1))
+            right[kind] = guesses == labels
+        row = {"images": n} | {name: float(each.double().mean()) for name, each in right.items()}
+        rows.append(row | {f"reader - {kind}": paired_bootstrap(right["reader"], right[kind], seed)
+                           for kind in PROBES})
+    return {"rows": rows, "test": len(labels), "classes": int(labels.max()) + 1}
+
+
+def curve_table(result: dict) -> str:
+    rows = [[str(row["images"]), *(percent(row[name]) for name in ("reader", *PROBES)),
+             *(span(row[f"reader - {kind}"], 100) for kind in PROBES)] for row in result["rows"]]
+    return table(["training images", "reader %", "linear %", "MLP %", "reader - linear, points",
+                  "reader - MLP"], rows)
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 EXPERIMENT = {             # of each: its table, its figure, its file
     "clustering": (clustering_table, figures.clustering_figure, "clustering.png"),
     "token-flow": (flow_table, figures.flow_figure, "token_flow.png"),
     "bias-route": (bias_table, figures.bias_figure, "bias_route.png"),
-    "content": (content_table, figures.content_figure, "content.png")}
+    "content": (content_table, figures.content_figure, "content.png"),
+    "learning-curve": (curve_table, figures.curve_figure, "learning_curve.png")}
+DEFAULT = ("clustering", "token-flow", "bias-route", "content")
 
 
 def parser() -> Parser:
     p = Parser(prog="diagnostics.py", description=__doc__.split("\n\n")[0])
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints; several are compared")
-    p.add_argument("--only", nargs="+", choices=EXPERIMENT, default=list(EXPERIMENT),
-                   help="experiments (default all)", metavar="EXPERIMENT")
+    p.add_argument("--only", nargs="+", choices=EXPERIMENT, default=DEFAULT,
+                   metavar="EXPERIMENT", help=f"some of {', '.join(EXPERIMENT)} (default: all but "
+                   "the last, which trains)")
     p.add_argument("--samples", type=whole(24), help="so many training images (default all)")
     p.add_argument("--repeats", type=whole(1), default=5, help="of each random choice (default 5)")
     p.add_argument("--seed", type=whole(0), default=0, help="of random choices and intervals")
@@ -578,6 +616,8 @@ def diagnose(path: str, flags, device, write) -> dict:
 
     runs = {"clustering": run_clustering, "bias-route": run_bias_route, "content": run_content,
             "token-flow": lambda: flow_of(model, bank, queries, args.seed, device, flags.seed)}
+    recipe = argparse.Namespace(**RECIPE | saved["args"])
+    runs["learning-curve"] = lambda: learning_curve(bank, queries, recipe, flags.seed)
     needs = {"bias-route": "bias column" in parts, "content": bool(parts)}
     for name in EXPERIMENT:
         if name in flags.only and needs.get(name, True):

@@ -338,6 +338,18 @@ def content_figure(path: Path, result: dict):
     figure.savefig(path)
 
 
+def curve_figure(path: Path, result: dict):
+    """Accuracy as the training set grows, of the reader and of simple classifiers."""
+    figure, (axis,) = canvas(1, 1, 7, 4.6)
+    for (key, name), style in zip({"reader": "reader", "linear": "linear probe",
+                                   "mlp": "MLP probe"}.items(), LINES):
+        x, y = zip(*((row["images"], 100 * row[key]) for row in result["rows"]))
+        axis.plot(x, y, style, label=name)
+    label(axis, "What does a Transformer add, and from how many images on?",
+          "training images, on the same fitted weights", accuracy(result), True)
+    figure.savefig(path)
+
+
 def summary_figure(path: Path, model: dict):
     """A panel of each experiment that was run."""
     chosen = {"clustering": (geometry,), "token-flow": (accuracy_by_stage, "pooled"),

@@ -1765,6 +1765,12 @@ def test_diagnostics_command():
         with replaced(diagnostics, "flow_of", interrupted), quick_probe():
             assert diagnosed("out.pt", "--out", "part", status=130) == "interrupted"
         assert set(report_in("part")["model"]["experiments"]) == {"clustering"}        # what was done by then
+        with replaced(diagnostics, "SIZES", (60, 1000)), quick_probe():
+            out = diagnosed("out.pt", "--only", "learning-curve", "--out", "curve")
+        curve = report_in("curve")["model"]["experiments"]["learning-curve"]
+        assert [row["images"] for row in curve["rows"]] == [60, 160] and "reader - linear, points" in out
+        assert names_in("curve") == {"report.json", "learning_curve.png", "summary.png"}
+        no_row_is_folded({"learning-curve": curve})
 
 
 def test_diagnostics_of_several_checkpoints():
