@@ -91,12 +91,15 @@ def accuracy(guesses: Tensor, labels: Tensor) -> float:
 # ratio are the test images' own. Chance: 10-NN with the bank's labels shuffled.
 #
 # R is the reader's accuracy, G the best geometry's (chosen on one half of the test images, measured
-# on the other), L the best trained classifier's (chosen on a held-out fifth of the bank). R - G
-# decides C1a, R - L decides C1b. Nothing is to be seen where G or L is at the ceiling, or where the
-# reader is no better than chance. G and L on pixels tell whether fitting added anything.
+# on the other), L the best trained classifier's (chosen on a held-out fifth of the bank). C1a is
+# supported if R - G > 2 points, refuted if < 0, "equivalent" within 2 points; C1b the same with L
+# (claims.opponent_verdict). There is no verdict where G or L is above 96%, or the reader less than
+# 10 points above chance. G and L on pixels tell whether fitting added anything.
 
 def coordinate_systems(model, bank: Fitted, queries: Fitted):
-    """Yields (name, bank rows (n, d), query rows (q, d)): where classes might cluster."""
+    """Yields (name, bank rows (n, d), query rows (q, d)): where classes might cluster. phi - theta
+    is the tokens flattened, or what the model's own `coordinates` calls so: of an MWT with the
+    first layer, which the reader does not see."""
     def both(f):
         return f(bank).flatten(1), f(queries).flatten(1)
 
@@ -124,7 +127,7 @@ def coordinate_systems(model, bank: Fitted, queries: Fitted):
 
 GEOMETRY = {"knn1": "1-NN", "knn10": "10-NN", "nearest_mean": "nearest mean"}
 PROBES = {"linear": (fit_linear, PENALTIES), "mlp": (fit_mlp, DECAYS)}
-# Of these a trained classifier could learn nothing that it does not learn from phi - theta.
+# Of these a trained classifier would learn little that it does not learn from phi - theta.
 UNPROBED = ("standardised per weight", "all but the bias column", "cosine of phi - theta",
             "cosine of phi - theta + beta", "after the reader's input map")
 
@@ -225,10 +228,11 @@ def clustering_table(result: dict) -> str:
 # reader gets it right? Then each sub-block is knocked out, alone or with all later ones of its
 # kind.
 #
-# C2a: of the rise of 10-NN from the input map to the last block, over the untrained readers' mean,
-# the last half of the blocks has more than the first half (of an odd number the middle one counts
-# for neither), in both views. The first attention may as well do most of it. Purity near the head
-# restates accuracy, so which stage's purity goes with accuracy over models (C2b) is description.
+# C2a is supported if, of the rise of 10-NN from the input map to the last block, over the untrained
+# readers' mean, the last half of the blocks has more than the first half (of an odd number the
+# middle one counts for neither), in both views, and refuted if less in both (claims.late_verdict).
+# The first attention may as well do most of it. Purity near the head restates accuracy, so which
+# stage's purity goes with accuracy over models (C2b) is description.
 
 class NearestSoFar:
     """The k nearest rows of a bank that comes block by block: of all tokens flattened, all at once
@@ -287,7 +291,7 @@ def whole_blocks(stages: list[str], reader) -> list[str]:
     return stages[1:] if reader is None else stages[1:2 + len(reader.blocks):2]
 
 
-def halves(blocks: list[str]) -> list[str]:
+def ends_of_halves(blocks: list[str]) -> list[str]:
     """Where the first half of the blocks begins and ends, where the last half does (4 stages)."""
     depth = len(blocks) - 1
     return [blocks[i] for i in (0, depth // 2, depth - depth // 2, depth)]
@@ -296,7 +300,7 @@ def halves(blocks: list[str]) -> list[str]:
 def unseen_bank(walked: Walk, bank_labels: Tensor, labels: Tensor) -> tuple[int, dict]:
     """10-NN on the mean token of one half of the queries, against the other half, which the reader
     never saw, and against as many training images: their number, {stage: figures}."""
-    half = sample(labels, len(labels) // 2)
+    half = sample(labels, min(len(labels) // 2, len(bank_labels)))
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[half] = False
     seen, found = sample(bank_labels, len(half)), {}
@@ -316,12 +320,12 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
     with initial parameters; reader: a Reader, or None; flattened: whether memory allows that."""
     labels, known = queries.labels, bank.labels
     stages = ["input tokens", *(name for name, _ in trace(queries.tokens[:1])[1])]
-    ends = halves(whole_blocks(stages, reader))
+    ends = ends_of_halves(whole_blocks(stages, reader))
     views = {"pooled": stages} | ({"flattened": list(dict.fromkeys(ends))} if flattened else {})
     walks = [walk(each, bank.tokens, queries.tokens, views.get("flattened", []), f"reader {i + 1}")
              for i, each in enumerate([trace, *untrained])]
     hits = {view: [{stage: knn10_hits(w, stage, view, known, labels) for stage in names}
-                   for w in walks] for view, names in views.items()}
+                   for w in walks] for view, names in views.items()}   # [view][reader][stage]: (q,)
     right = (walks[0].logits.argmax(1) == labels).double()
     half, unseen = unseen_bank(walks[0], known, labels)
     split = torch.randperm(len(labels), generator=generator("halves", seed)).chunk(2)
@@ -506,12 +510,70 @@ def curve_table(result: dict) -> str:
 
 # ---- Command line --------------------------------------------------------------------------------
 
-EXPERIMENT = {             # of each: its table, its figure, its file
-    "clustering": (clustering_table, figures.clustering_figure, "clustering.png"),
-    "token-flow": (flow_table, figures.flow_figure, "token_flow.png"),
-    "bias-route": (bias_table, figures.bias_figure, "bias_route.png"),
-    "content": (content_table, figures.content_figure, "content.png"),
-    "learning-curve": (curve_table, figures.curve_figure, "learning_curve.png")}
+class Case(NamedTuple):
+    """What an experiment may ask of."""
+    model: nn.Module
+    bank: Fitted               # training images
+    queries: Fitted            # test images
+    guesses: Tensor            # (q,) the model's predictions on them
+    recipe: argparse.Namespace # all flags that the model was trained with
+    seed: int                  # of random choices and intervals
+    repeats: int               # of each random choice
+
+    @property
+    def reference(self) -> Fitted:
+        return self.bank.take(sample(self.bank.labels, REFERENCE))
+
+
+def run_clustering(case: Case) -> dict:
+    systems = coordinate_systems(case.model, case.bank, case.queries)
+    return clustering(systems, case.bank.labels, case.queries.labels, case.guesses, seed=case.seed)
+
+
+def run_token_flow(case: Case) -> dict:
+    """And knock-outs, as far as the model has a reader."""
+    reader, tokens, untrained = case.model.reader, case.queries.tokens, []
+    largest = max(x.numel() for _, x in case.model.trace(tokens[:1])[1])
+    room = 4 * largest * len(tokens) * 4               # bytes: four stages whole
+    if reader is None:
+        return token_flow(case.model.trace, [], case.bank, case.queries, None,
+                          2 * room < free_memory(tokens.device), seed=case.seed)
+    for i in range(UNTRAINED):
+        with seeded("reader", case.recipe.seed, i):
+            other = type(reader)(*reader.arguments).to(tokens.device).requires_grad_(False)
+        untrained.append(other.trace)
+    result = token_flow(case.model.trace, untrained, case.bank, case.queries, reader,
+                        2 * room < free_memory(tokens.device), seed=case.seed)
+    result["knock_outs"] = knock_outs(reader, tokens, case.queries.labels, case.reference.tokens,
+                                      case.seed)
+    return result
+
+
+def run_bias_route(case: Case) -> dict:
+    embed = None if case.model.reader is None else case.model.reader.embed.weight
+    return bias_route(case.model.read, case.queries.tokens, case.queries.labels,
+                      case.reference.tokens, case.model.parts(), case.seed, case.repeats, embed)
+
+
+def run_content(case: Case) -> dict:
+    parts = case.model.parts()
+    if "bias column" in parts:
+        bias = {"bias column": parts["bias column"]}
+        parts = bias | other_routes(case.reference.tokens, parts)
+    return content(case.model.read, case.model.fit, case.queries, case.reference, parts, case.seed)
+
+
+def run_learning_curve(case: Case) -> dict:
+    return learning_curve(case.bank, case.queries, case.recipe, case.seed)
+
+
+EXPERIMENT = {             # of each: what runs it, its table, its figure, its file
+    "clustering": (run_clustering, clustering_table, figures.clustering_figure, "clustering.png"),
+    "token-flow": (run_token_flow, flow_table, figures.flow_figure, "token_flow.png"),
+    "bias-route": (run_bias_route, bias_table, figures.bias_figure, "bias_route.png"),
+    "content": (run_content, content_table, figures.content_figure, "content.png"),
+    "learning-curve": (run_learning_curve, curve_table, figures.curve_figure,
+                       "learning_curve.png")}
 DEFAULT = ("clustering", "token-flow", "bias-route", "content")
 
 
@@ -588,8 +650,8 @@ def diagnose(path: str, flags, device, write) -> dict:
     logits = by_blocks(model.read, queries.tokens)
     if not torch.isfinite(logits).all():
         raise InputError(f"{path}: its fits or predictions are not finite")
-    guesses, labels, done = logits.argmax(-1), queries.labels, {}
-    right = int((guesses == labels).sum())
+    guesses, recipe = logits.argmax(-1), argparse.Namespace(**RECIPE | saved["args"])
+    right, missing, done = int((guesses == queries.labels).sum()), left_out(model), {}
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
               "command": command_line(argparse.Namespace(**saved["args"]),
                                       METHODS[saved["method"]]),
@@ -597,70 +659,34 @@ def diagnose(path: str, flags, device, write) -> dict:
               "bank": len(images), "whole_bank": whole_bank, "unfinished": "progress" in saved,
               "evaluated_on": "held-out training images" if args.val else "test images",
               "reader": right / len(test), "reader_interval": wilson(right, len(test)),
-              "left_out": left_out(model, flags.only), "experiments": done}
-    parts, reference = model.parts(), bank.take(sample(bank.labels, REFERENCE))
-
-    def run_clustering():
-        systems = coordinate_systems(model, bank, queries)
-        return clustering(systems, bank.labels, labels, guesses, seed=flags.seed)
-
-    def run_bias_route():
-        embed = None if model.reader is None else model.reader.embed.weight
-        return bias_route(model.read, queries.tokens, labels, reference.tokens, parts, flags.seed,
-                          flags.repeats, embed)
-
-    def run_content():
-        known = {"bias column": parts["bias column"]} if "bias column" in parts else parts
-        routes = other_routes(reference.tokens, parts) if "bias column" in parts else {}
-        return content(model.read, model.fit, queries, reference, known | routes, flags.seed)
-
-    runs = {"clustering": run_clustering, "bias-route": run_bias_route, "content": run_content,
-            "token-flow": lambda: flow_of(model, bank, queries, args.seed, device, flags.seed)}
-    recipe = argparse.Namespace(**RECIPE | saved["args"])
-    runs["learning-curve"] = lambda: learning_curve(bank, queries, recipe, flags.seed)
-    needs = {"bias-route": "bias column" in parts, "content": bool(parts)}
-    for name in EXPERIMENT:
-        if name in flags.only and needs.get(name, True):
-            done[name] = runs[name]()
+              "left_out": [f"{name}: {why}" for name, why in missing.items()
+                           if name not in EXPERIMENT or name in flags.only], "experiments": done}
+    case = Case(model, bank, queries, guesses, recipe, flags.seed, flags.repeats)
+    for name, (run_experiment, *_) in EXPERIMENT.items():
+        if name in flags.only and name not in missing:
+            done[name] = run_experiment(case)
             write(report)
     return report
 
 
-def flow_of(model, bank: Fitted, queries: Fitted, model_seed: int, device, seed: int) -> dict:
-    """Token flow and knock-outs as far as the model has a reader."""
-    states = model.trace(queries.tokens[:1])[1]
-    room = 4 * 4 * max(x.numel() for _, x in states) * len(queries.labels)     # 4 stages whole
-    flattened, reader = 2 * room < free_memory(device), model.reader
-    untrained = []
-    for i in range(UNTRAINED if reader is not None else 0):
-        with seeded("reader", model_seed, i):
-            other = type(reader)(*reader.arguments).to(device).requires_grad_(False)
-        untrained.append(other.trace)
-    result = token_flow(model.trace, untrained, bank, queries, reader, flattened, seed=seed)
-    if reader is not None:
-        known = bank.tokens[sample(bank.labels, REFERENCE)]
-        result["knock_outs"] = knock_outs(reader, queries.tokens, queries.labels, known, seed)
-    return result
-
-
-def left_out(model, only) -> list[str]:
-    """What this model has nothing for, a line each."""
-    lines = []
+def left_out(model) -> dict[str, str]:
+    """What this model has nothing for: {what: why}."""
+    missing = {}
     if getattr(model.reader, "takes_colour", False):
-        lines.append("the branch for the mean colour: this is what the weights alone give")
-    if model.reader is None and "token-flow" in only:
-        lines.append("untrained reader, logit lens, knock-outs: this method has no Reader")
-    if "bias column" not in model.parts() and "bias-route" in only:
-        lines.append("bias route: this method's tokens have no bias column")
-    if not model.parts() and "content" in only:
-        lines.append("content: this method names no parts of a token")
-    return lines
+        missing["the branch for the mean colour"] = "this is what the weights alone give"
+    if model.reader is None:
+        missing["untrained reader, logit lens, knock-outs"] = "this method has no Reader"
+    if "bias column" not in model.parts():
+        missing["bias-route"] = "this method's tokens have no bias column"
+    if not model.parts():
+        missing["content"] = "this method names no parts of a token"
+    return missing
 
 
 def present(folder: Path, model: dict) -> str:
     """Draws a report's figures; returns its tables and what they say."""
     text = []
-    for name, (to_text, figure, file) in EXPERIMENT.items():
+    for name, (_, to_text, figure, file) in EXPERIMENT.items():
         (folder / file).unlink(missing_ok=True)                # an earlier report's
         if name in model["experiments"]:
             result = model["experiments"][name]

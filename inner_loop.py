@@ -27,8 +27,9 @@ def draw_pixels(steps, images, pixels, fraction, generator=None, device="cpu") -
 
 
 def each_step(coords: Tensor, values: Tensor, steps: int, pixels: Tensor | None = None):
-    """What each step sees of values (N, P, C) at coords (P, in): all, (steps, P, in) and (steps, N,
-    P, C), without a copy; or what pixels (steps, N, n) number, (steps, N, n, in) and (.., n, C)."""
+    """What each step sees of values (N, P, C) at coords (P, in):
+    everything, (steps, P, in) and (steps, N, P, C), without a copy; or, given the numbers of drawn
+    pixels (steps, N, n), these alone, (steps, N, n, in) and (steps, N, n, C)."""
     if pixels is None:
         return coords.expand(steps, *coords.shape), values.expand(steps, *values.shape)
     images = torch.arange(len(values), device=values.device)[:, None]                    # (N, 1)

@@ -202,8 +202,10 @@ def fit_linear(x, labels, classes, penalty, start=None):
     """Multinomial logistic regression, a torch.nn.Linear: the least mean cross-entropy +
     penalty * d / 2 |weight|^2, by L-BFGS (Nocedal 1980) from the layer `start` or from zero."""
     layer = torch.nn.utils.skip_init(torch.nn.Linear, x.shape[1], classes).to(x)
-    for i, parameter in enumerate(layer.parameters()):
-        parameter.data = [*start.parameters()][i].data.clone() if start else parameter.data.zero_()
+    if start:
+        layer.load_state_dict(start.state_dict())
+    else:
+        layer.weight.data.zero_(), layer.bias.data.zero_()
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=50, tolerance_grad=1e-6,
                                   tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
@@ -329,9 +331,9 @@ def over_repeats(seed=0):
 
 
 def crossed(values, seed=0):
-    """Of m candidates, values (n, m, ...), that with the largest mean: its values (n, ...) and two
-    choices. It is chosen on one half of the n images and measured on the other, both ways, so that
-    the best of many is not flattered. NaN: not measured."""
+    """The best of m candidates without flattery: its values (n, ...), and the numbers of the two
+    that were chosen. values (n, m, ...): of the candidates on n images; on one half of the images
+    the one with the largest mean is chosen, on the other measured, both ways. NaN: not measured."""
     values = values.double()
     halves = torch.randperm(len(values), generator=torch.Generator().manual_seed(seed)).chunk(2)
     picked = torch.full_like(values[:, 0], math.nan)

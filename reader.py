@@ -89,7 +89,7 @@ class Reader(nn.Module):
         return self.embed(scaled(tokens + self.beta, self.token_scale))
 
     def conclude(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """The last state x (N, T, width) -> logits (N, classes)."""
+        """The last state x (N, T, width) -> logits (N, classes); a branch reads the tokens too."""
         return self.head(x.mean(dim=1))
 
     def forward(self, tokens: Tensor, *more) -> Tensor:
@@ -126,10 +126,11 @@ class Branch(nn.Module):
 
 
 class RoutedReader(Reader):
-    """readout: so many learned queries, added to the mean over tokens, gather the tokens in two
-    blocks of class attention (Touvron et al., ICCV 2021): they alone ask, of themselves and the
-    tokens. branch, past the blocks: of "bias" or "column:N" of the tokens, or of "colour", the
-    image's mean (N, channels), which `forward` then takes too."""
+    """A Reader with more at its end. readout: so many learned queries, added to the mean over
+    tokens, gather the tokens in two blocks of class attention (Touvron et al., ICCV 2021), where
+    they alone ask, of themselves and the tokens. branch: a small network past the blocks adds
+    logits; it sees the tokens' "bias" column or "column:N", or the "colour", an image's mean (N,
+    channels), which `forward` then takes too."""
 
     def __init__(self, num_tokens, width, classes, features=None, depth=10, head_dim=64,
                  mlp_ratio=1, token_scale=500.0, readout=0, branch=None, channels=3):

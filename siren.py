@@ -1,4 +1,4 @@
-"""The anchor: a SIREN (Sitzmann et al., NeurIPS 2020) whose weights are an argument.
+"""A SIREN (Sitzmann et al., NeurIPS 2020) whose weights are an argument.
 
 One set of meta-learned weights theta, the anchor, is shared by all images; the inner loop moves it
 to the weights phi of one image. With coordinates x, a layer's weight matrix W and its bias b kept
@@ -81,27 +81,29 @@ class Siren(nn.Module):
             a = torch.sin(affine(a, weight))                     # (N, P, width)
         return self.scale * self.head(a)
 
-    def loss_and_grad(self, coords: Tensor, values: Tensor, weights: Weights):
+    def loss_and_grad(self, coords: Tensor, values: Tensor,
+                      weights: Weights) -> tuple[Tensor, Weights]:
         """Each image's loss (N,), the mean squared error over pixels and channels, and its
         gradient with respect to `weights`, as Weights with a leading N.
 
         coords (P, in_features) or (N, P, in_features), values (N, P, out_features). This is
         back-propagation written out: with u = W a + b of a layer and d = dL/du, dL/dW = d^T a and
-        dL/db = the sum of d, both over pixels; one layer down d <- (d W) * cos(u). Weights without
-        the leading N (all images at the anchor) are pushed forward once for the whole batch.
+        dL/db = the sum of d, both over pixels; one layer down d <- (d W) * cos(u). At the anchor,
+        weights without the leading N, activations have none either: one pass serves all images.
         """
-        a, layers, inputs, slopes = coords, self.layers(weights), [], []
+        layers, inputs, slopes = self.layers(weights), [coords], []
         for weight in layers:
+            a, slope = SinCos.apply(affine(inputs[-1], weight))  # (N, P, width); (P, ...) at theta
             inputs.append(a)
-            a, slope = SinCos.apply(affine(a, weight))           # (N, P, width)
             slopes.append(slope)
-        error = self.scale * self.head(a) - values               # (N, P, out)
+        error = self.scale * self.head(inputs.pop()) - values    # (N, P, out)
         loss = error.square().mean((-2, -1))                     # (N,)
 
-        d = (2 / error[0].numel()) * self.scale * error          # dL/d(head's output) (N, P, out)
-        above, grads = self.head.weight, []
+        count = values.shape[-2] * values.shape[-1]
+        d = (2 / count) * self.scale * error                     # dL/d(head's output) (N, P, out)
+        weight_above, grads = self.head.weight, []               # grads: the first layer's first
         for weight, a, slope in zip(reversed(layers), reversed(inputs), reversed(slopes)):
-            d = (d @ above) * slope                              # dL/du (N, P, width)
-            grads.append(torch.cat([d.mT @ a, d.sum(-2)[..., None]], dim=-1))  # (N, width, in + 1)
-            above = weight[..., :-1]
-        return loss, Weights(self.omega * grads[-1], torch.stack(grads[-2::-1], dim=-3))
+            d = (d @ weight_above) * slope                       # dL/du (N, P, width)
+            grads.insert(0, torch.cat([d.mT @ a, d.sum(-2)[..., None]], -1))   # (N, width, in + 1)
+            weight_above = weight[..., :-1]
+        return loss, Weights(self.omega * grads[0], torch.stack(grads[1:], dim=-3))

@@ -83,9 +83,10 @@ class MWT(nn.Module):
         return max(1, BLOCK_POINTS[self.kind] // self.points)
 
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
-        """What `draws` looks at images (N, C, size, size) see: coords (draws, [N,] n, 2), values
-        (draws, N, n, C). A fraction is drawn for each image anew from the generator; without one,
-        in evaluation, always the same for all images."""
+        """Coords (draws, [N,] n, 2) and values (draws, N, n, C): the pixels of images (N, C, size,
+        size) that each of k + 1 draws takes, k for the inner steps and one for the outer loss. All
+        pixels, or a fraction drawn for each image anew from the generator; without a generator, in
+        evaluation, always the same for all images."""
         values, pixels = images.flatten(2).mT, None                            # (N, P, C)
         if self.fraction < 1:
             g = generator_ or generator("evaluation", device=images.device)
@@ -128,16 +129,17 @@ class MWT(nn.Module):
         one backward pass serves all losses."""
         phi, error = self.fit_and_error(coords, values)
         tokens = self.tokens(phi)                                              # (N, T, width + 1)
-        value = tokens.detach()
-        scaled = value + self.w_task * (tokens - value) if self.w_task else value
-        logits = self.logits(scaled, values).to(tokens.dtype)                  # (N, classes)
+        fixed = tokens.detach()
+        if self.w_task:                                # the same numbers, w_task times the gradient
+            fixed = fixed + self.w_task * (tokens - fixed)
+        logits = self.logits(fixed, values).to(tokens.dtype)                  # (N, classes)
         cluster = error.new_zeros(())
         if self.w_cluster:
             moved = [(phi.first - self.siren.first).flatten(1), tokens.flatten(1)]
             cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), labels)
         return statistics(logits, labels, error, cluster)
 
-    # What diagnostics.py asks of a method, without gradients.
+    # What diagnostics.py asks of a method; `read` and `logits` serve training too.
 
     def adapt(self, images: Tensor, steps: int | None = None) -> Weights:
         """phi of images (N, C, size, size) after `steps` (default k) steps."""
