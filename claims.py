@@ -218,6 +218,7 @@ def summary(model: dict) -> list[str]:
 # ---- Across models -------------------------------------------------------------------------------
 
 # All other flags, whatever the method, make the architecture.
+DATA = ("dataset", "size", "train_size", "test_size", "val")
 TRAINING = {name for name, *_ in FLAGS["training"]} | {"augment", "steps_test", "precision"}
 
 
@@ -240,6 +241,7 @@ def point(model: dict) -> dict:
     w_task = flags.get("w_task")               # None: a method without a class loss for its weights
     names = {None: method, 0: "WT", 0.01: "MWT"}
     found = {"name": model["name"], "reader": model["reader"], "seed": flags["seed"],
+             "method": method, "data": json.dumps([flags.get(key) for key in DATA]),
              "label": model.get("lane") or names.get(w_task, f"w_task {w_task}"),
              "setting": method + key_of(flags, ["seed"]), "bank": model.get("bank"),
              "architecture": method + key_of(flags, TRAINING)}
@@ -317,6 +319,23 @@ def with_accuracy(one: list[dict], seed: int) -> dict:
     return {name: rho for name, rho in found.items() if rho}
 
 
+def against_pixels(points: list[dict]) -> list[str]:
+    """The reader on weights less the same Transformer on pixels (method "pixels"), same data,
+    paired by seed."""
+    pixels = {(p["data"], p["seed"]): p["reader"] for p in points if p["method"] == "pixels"}
+    lines, settings = [], {}
+    for p in points:
+        if p["method"] != "pixels" and (p["data"], p["seed"]) in pixels:
+            gap = p["reader"] - pixels[p["data"], p["seed"]]
+            settings.setdefault(p["setting"], []).append((p["label"], gap))
+    for same in settings.values():
+        label, gaps = same[0][0], [gap for _, gap in same]
+        interval = t_interval(gaps) or (gaps[0], None, None)
+        lines.append(f"{label} - the same Transformer on pixels: {span(interval, 100)} points, "
+                     f"{len(gaps)} seeds")
+    return lines
+
+
 def across(models: list[dict], seed: int = 0) -> dict:
     """The comparison of models' reports: by setting, and correlations over the largest group of one
     architecture."""
@@ -330,9 +349,9 @@ def across(models: list[dict], seed: int = 0) -> dict:
     rows = [over_seeds(same) for same in groups]
     verdicts = [line for row, same in zip(rows, groups) for line in seed_claims(row, same)]
     return {"points": points, "models": len(one), "settings": len({p["setting"] for p in one}),
-            "correlations": with_accuracy(one, seed), "seeds": rows, "verdicts": verdicts or [
+            "correlations": with_accuracy(one, seed), "seeds": rows, "verdicts": (verdicts or [
                 "No setting has three seeds: nothing is said about the method, only about each "
-                "checkpoint."]}
+                "checkpoint."]) + against_pixels(points)}
 
 
 ACROSS = {"reader": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",

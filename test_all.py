@@ -1694,6 +1694,9 @@ def test_comparison_across_models():
         assert len(found) == 6 and all(f": {expected}. " in line for line in found), found
     rho = result["correlations"]
     assert rho["phi - theta"][0] > 0.9 and rho["MLP 1"][0] > 0.9       # purity of one half, accuracy of the other
+    of_pixels = [model_report(0.01, seed, 0.05) | {"method": "pixels"} for seed in range(3)]
+    beside = claims.across([*[model_report(0.01, seed, 0.1) for seed in range(3)], *of_pixels])["verdicts"]
+    assert "MWT - the same Transformer on pixels: +5.0 [+5.0, +5.0] points, 3 seeds" in beside, beside
     reports[0]["training"]["width"] = 9
     assert claims.across(reports)["models"] == 17
     few = claims.across(reports[:2])
@@ -1968,6 +1971,26 @@ def test_models_that_are_always_right_or_wrong():
             no_row_is_folded(done)
             assert accuracy == 0.5 or all(row["auroc"] is None for row in done["token-flow"]["rows"])
             assert done["clustering"]["rows"][0]["fisher"] == fisher
+
+
+def test_nothing_is_claimed_of_nothing():
+    """A model of images whose labels were shuffled, or whose reader is untrained, supports a claim."""
+    def shuffled(args, device="cpu"):
+        return [data.Images(found.classes, found.labels[torch.randperm(len(found), generator=torch.Generator()
+                .manual_seed(1))], found.pixels, levels=found.levels) for found in load(args, device)]
+    with folder():
+        assert command([*TINY, "--epochs", 1, "--reader-depth", 2, "--out", "trained.pt"])[0] == 0
+        content = checkpoint.read_checkpoint("trained.pt")
+        untrained = train.MWT(argparse.Namespace(**content["args"] | {"seed": 9}), 1, 10).reader
+        content["model"] |= {f"reader.{name}": value for name, value in untrained.state_dict().items()}
+        checkpoint.save_checkpoint("untrained.pt", content | {"args": content["args"] | {"seed": 1}})
+        for path, loader in (("untrained.pt", data.load_dataset), ("trained.pt", shuffled)):
+            load = data.load_dataset
+            with replaced(diagnostics, "load_dataset", loader), quick_probe():
+                diagnosed(path, "--repeats", 2)
+            summary = report_in(path[:-3] + "-diagnostics")["model"]["summary"]
+            verdicts = [verdict_of([line], "C") for line in summary if line.startswith("C")]
+            assert len(verdicts) == 4 and "supported" not in verdicts, summary
 
 
 def start_program(program, argv, threads="OMP_NUM_THREADS=1") -> subprocess.Popen:
