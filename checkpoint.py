@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 FORMAT, VERSION = "routed-inr", 1
-METHODS = {"mwt": "train"}     # a method's file; a module's name never comes from a checkpoint
+# A method's file; a module's name never comes from a checkpoint.
+METHODS = {"mwt": "train", "pixels": "pixels"}
 PARTS = {"args": dict, "data": tuple, "model": dict, "metrics": dict}
 
 

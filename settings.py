@@ -147,6 +147,7 @@ def command_line(args, program: str = "train") -> str:
     usual = recipe(args.dataset, args.size)
     usual |= {"dataset": "digits", "size": SIZE.get(args.dataset, 32)}
     hidden = {"resume", "eval_only", "ckpt", "compile", "recompute", "workers"}
+    hidden |= set() if program == "train" else {"token_scale"}     # it follows from the tokens
     changed = {key: value for key, value in vars(args).items()
                if value != usual.get(key) and key not in hidden}
     return shlex.join([*LAUNCH.split(), f"{program}.py", *as_flags(changed)])

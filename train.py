@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 import figures
 from checkpoint import (InputError, Stop, exits, generator, load_checkpoint, model_from,
-                        save_checkpoint, seeded)
+                        read_checkpoint, save_checkpoint, seeded)
 from inner_loop import MetaSGD, draw_pixels, each_step
 from measures import supervised_contrastive, wilson
 from reader import Reader, RoutedReader
@@ -267,8 +267,8 @@ def in_words(metrics: dict, args) -> str:
 
 def parameter_groups(model: nn.Module, args) -> list[dict]:
     """Each with its learning rate and clipped by itself; frozen parameters are in none."""
-    rates = {"siren": args.lr, "inner_loop": args.lr_alpha, "reader": args.lr}
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "lr": rates[name]}
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad],
+               "lr": args.lr_alpha if name == "inner_loop" else args.lr}
               for name, part in model.named_children()]
     return [group for group in groups if group["params"]]
 
@@ -321,7 +321,7 @@ class Run:
 
     def __init__(self, args, model: nn.Module, examples: int, facts: tuple, content: dict | None):
         self.args, self.model, self.facts, self.caught = args, model, facts, []
-        self.device = next(model.parameters()).device
+        self.device, self.method = next(model.parameters()).device, getattr(model, "method", "mwt")
         self.batch = args.batch_size * WORLD
         self.steps = examples // self.batch    # an epoch; the incomplete last batch is dropped
         self.groups = parameter_groups(model, args)
@@ -355,7 +355,7 @@ class Run:
             epoch, step = divmod(bad, self.steps)
             raise Stop(1, f"the loss or its gradient is not finite at epoch {epoch + 1}, step "
                           f"{step + 1}; {kept} checkpoint")
-        content = {"method": "mwt", "args": vars(self.args), "data": self.facts,
+        content = {"method": self.method, "args": vars(self.args), "data": self.facts,
                    "metrics": self.metrics, "model": self.model.state_dict()}
         if self.epoch < self.args.epochs:
             content["optimizer"] = self.optimizer.state_dict()
@@ -374,7 +374,8 @@ class Run:
             self.save()
             raise Stop(128 + self.caught[0], "stopped" if not self.args.out else
                        f"stopped and saved at epoch {self.epoch + 1}, step {self.step}; go on by: "
-                       f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}")
+                       + ("the same command" if self.method != "mwt" else
+                          f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}"))
         if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
             self.save()
 
@@ -521,17 +522,30 @@ def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
     return Task(len(fits.labels), batches, lambda batch, step: batch, forward, evaluate_fits)
 
 
-def train_reader(tokens: Tensor, labels: Tensor, args) -> Reader:
+def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, facts=(),
+                 test: Fits | None = None) -> Reader:
     """A new reader trained on fixed tokens (n, T, D) and labels (n,), its size and recipe as args
-    say, its token scale such that these tokens' root mean square is 1. Writes nothing."""
+    say, its token scale such that these tokens' root mean square is 1, its offsets beta drawn with
+    `spread` times the tokens' root mean square. Writes nothing, unless a method is named: then its
+    checkpoint args.out, evaluated on `test`; a run of the same args that is there is gone on
+    with."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
-                        args.reader_depth, args.head_dim, args.mlp_ratio, scale).to(tokens.device)
-    fits = Fits(tokens, labels, torch.zeros(len(labels), device=tokens.device))
-    in_memory = argparse.Namespace(**vars(args) | {
-        "out": None, "compile": False, "batch_size": min(args.batch_size, len(labels))})
-    train(in_memory, nn.ModuleDict({"reader": reader}), reader_task(reader, fits))
+                        args.reader_depth, args.head_dim, args.mlp_ratio, scale)
+    if spread:
+        nn.init.normal_(reader.beta, std=spread / scale, generator=generator("beta", args.seed))
+    model, content = nn.ModuleDict({"reader": reader.to(tokens.device)}), None
+    model.method = method
+    args = argparse.Namespace(**vars(args) | {
+        "out": args.out if method else None, "compile": False, "token_scale": scale,
+        "batch_size": min(args.batch_size, len(labels))})
+    if method and os.path.exists(args.out):
+        content = read_checkpoint(args.out)
+        model.load_state_dict(content["model"])
+    if content is None or "progress" in content:
+        fits = Fits(tokens, labels, torch.zeros(len(labels), device=tokens.device))
+        train(args, model, reader_task(reader, fits, test), facts, content)
     return reader.eval()
 
 

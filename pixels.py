@@ -1,0 +1,202 @@
+"""The control: the reader on pixels instead of weights. Is an image easier or harder to classify
+when it is stored as the weights of an INR?
+
+    python pixels.py --dataset digits --choose             # pixels.pt, pixels.json
+    python diagnostics.py --ckpt pixels.pt
+
+Reader, training and data are train.py's; a token is a square patch of the image where it was a
+neuron's row. A weak opponent would flatter the weights, so its recipe is its own: with --choose
+spread, learning rate and epochs are chosen on a fifth of the training images, before it is trained
+on all of them. The same command, given again, goes on where it was stopped.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import settings
+from checkpoint import InputError, exits, read_checkpoint
+from data import load_dataset, stratified_sample
+from reader import Reader
+from train import Fits, facts, train_reader
+
+USED = ("dataset data_root size train_size test_size val workers width depth reader_depth head_dim "
+        "mlp_ratio epochs batch_size lr weight_decay seed out save_minutes device").split()
+
+
+# ---- The method ----------------------------------------------------------------------------------
+
+def choose_patch(tokens: int, size: int, channels: int) -> tuple[int, int]:
+    """(pixels a side, channels) of the patches, of one channel or of all, whose number in an image
+    of `size` pixels a side is by its ratio the nearest to `tokens`."""
+    patches = [(side, c) for side in range(1, size + 1) if size % side == 0 for c in (1, channels)]
+    return min(patches, key=lambda p: abs(math.log((size // p[0]) ** 2 * channels / p[1] / tokens)))
+
+
+class Pixels(nn.Module):
+    """What diagnostics.py asks of a method, of patches in place of weights."""
+
+    def __init__(self, args, channels: int, classes: int):
+        super().__init__()
+        self.size, self.channels = args.size, channels
+        self.side, self.together = choose_patch(args.depth * args.width, args.size, channels)
+        tokens = (args.size // self.side) ** 2 * channels // self.together
+        self.filled = self.together * self.side ** 2           # numbers of a token that are pixels
+        self.reader = Reader(tokens, args.width, classes, max(args.width + 1, self.filled),
+                             args.reader_depth, args.head_dim, args.mlp_ratio, args.token_scale)
+        self.read, self.trace = self.reader.forward, self.reader.trace
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one
+        each, then row by row. Zeros make them as long as a neuron's row: the reader is then the
+        weights', and its offsets beta have room to say where a patch is; in the few numbers of the
+        patch itself they could not be told from grey levels."""
+        planes = images.reshape(-1, self.together, self.size, self.size)
+        patches = F.unfold(planes, self.side, stride=self.side).mT.reshape(
+            len(images), -1, self.filled)
+        return F.pad(patches, (0, self.reader.beta.shape[1] - self.filled))
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """What the patches show of images: the same, exactly."""
+        planes = len(images) * self.channels // self.together
+        patches = self.fit(images)[..., :self.filled].reshape(planes, -1, self.filled).mT
+        return F.fold(patches, self.size, self.side, stride=self.side).view_as(images)
+
+    def parts(self) -> dict[str, Tensor]:
+        return {}                  # no number of a patch is a bias
+
+
+def from_checkpoint(content: dict, device="cpu") -> Pixels:
+    """The model in what `read_checkpoint` returned."""
+    channels, classes, _ = content["data"]
+    with torch.device("meta"):     # takes no memory: the sizes are only claims
+        model = Pixels(argparse.Namespace(**content["args"]), channels, len(classes))
+    model.load_state_dict(content["model"], assign=True)
+    return model.to(device)
+
+
+def count_flops(reader: Reader) -> int:
+    """FLOPs of the matrix products of an image, forward and backward (a multiply-add is two)."""
+    reader = copy.deepcopy(reader).to("meta")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, \
+            sdpa_kernel(SDPBackend.MATH):
+        reader(torch.empty(1, *reader.beta.shape)).sum().backward()
+    return counter.get_total_flops()
+
+
+# ---- Its recipe ----------------------------------------------------------------------------------
+
+def choose(start: dict, accuracy) -> dict:
+    """The setting of the highest accuracy(setting), from `start` on one flag after the other."""
+    grid = {"spread": [start["spread"], 0.1, 0.3, 1.0],
+            "lr": [start["lr"] * factor for factor in (1, 1 / 3, 3)],
+            "epochs": [start["epochs"] * factor for factor in (1, 3)]}
+    best = start
+    for key, values in grid.items():
+        best = max([best | {key: value} for value in values], key=accuracy)
+    return best
+
+
+def train_on(fits: Fits, test: Fits, known: tuple, args, **changed) -> dict:
+    """Trains to args.out, or goes on there; returns the metrics."""
+    args = argparse.Namespace(**vars(args) | changed)
+    train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", known, test)
+    return read_checkpoint(args.out)["metrics"]
+
+
+def try_settings(args, fits: Fits, known: tuple, trials: list[dict], write) -> dict:
+    """The chosen setting. Each trial is added to `trials`, then write() is called."""
+    held = torch.zeros_like(fits.labels, dtype=torch.bool)
+    held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
+    rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
+
+    def accuracy(setting: dict) -> float:
+        for trial in trials:
+            if setting.items() <= trial.items():
+                return trial["held_out"]
+        path = Path(args.out).with_suffix(f".trial{len(trials) + 1}.pt")
+        metrics = train_on(rest, held, known, args, **setting, out=str(path), val=0.2)
+        trials.append(setting | {"held_out": metrics["test_accuracy"],
+                                 "training": metrics["epochs"][-1]["train_accuracy"]})
+        write()
+        path.unlink()
+        print("spread {spread:g}, lr {lr:.3g}, {epochs} epochs: {held_out:.2%} held out, "
+              "{training:.2%} in training".format(**trials[-1]), flush=True)
+        return trials[-1]["held_out"]
+
+    return choose({key: vars(args)[key] for key in ("spread", "lr", "epochs")}, accuracy)
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+def read_flags(argv: list[str] | None) -> argparse.Namespace:
+    p = settings.parser(__doc__.split("\n\n")[0])
+    p.prog = "pixels.py"
+    p.add_argument("--spread", type=settings.number(0), help="of the position offsets beta at the "
+                   "start, in units of the patches' root mean square (default 0)")
+    p.add_argument("--choose", action="store_true", help="try settings around those given")
+    given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
+    for name in given.keys() - {*USED, "spread", "choose"}:
+        raise InputError(f"{settings.flag(name)}: means nothing to patches of pixels")
+    usual = vars(settings.settings(given))
+    args = argparse.Namespace(**{key: usual[key] for key in (*USED, "token_scale", *given)})
+    settings.check_output(argparse.Namespace(out=args.out, resume=True))       # can it be written?
+    return args
+
+
+def fit_all(model: Pixels, images, args, device) -> Fits:
+    x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
+    return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(labels), device=device))
+
+
+def run(argv: list[str] | None):
+    args = read_flags(argv)
+    flags = {key: value for key, value in vars(args).items() if key not in settings.FREE}
+    path, report = Path(args.out).with_suffix(".json"), {"flags": flags, "trials": []}
+    if path.exists() or Path(args.out).exists():
+        report = json.loads(path.read_text()) if path.exists() else {}
+        if report.get("flags") != flags:
+            raise InputError(f"--out {args.out}: there already, of another command; choose another")
+    device = settings.find_device(args.device)
+    images, test = load_dataset(args, device)
+    model, known = Pixels(args, images.channels, len(images.classes)), facts(images)
+    tokens, flops = len(model.reader.beta), count_flops(model.reader)
+    report |= {"tokens": tokens, "flops_an_image": flops} | settings.environment(device)
+    print(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on; "
+          f"{tokens} tokens of {model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward "
+          "and backward", flush=True)
+
+    def write():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+
+    write()
+    fits, tests = fit_all(model, images, args, device), fit_all(model, test, args, device)
+    if args.choose:
+        best = try_settings(args, fits, known, report["trials"], write)
+        args = argparse.Namespace(**vars(args) | best | {"choose": False})
+    report |= train_on(fits, tests, known, args)
+    report["command"] = settings.command_line(args, "pixels")
+    write()
+    low, high = report["test_interval"]
+    print(f"accuracy {report['test_accuracy']:.2%} [{low:.2%}, {high:.2%}] on {len(test)} images: "
+          f"{report['command']}")
+
+
+def main(argv: list[str] | None = None):
+    with exits("pixels.py"):
+        run(argv)
+
+
+if __name__ == "__main__":
+    main()
