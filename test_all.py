@@ -1712,7 +1712,7 @@ def test_pixels_command():
     again = shlex.split(found["command"])[2:]          # the command that it names makes the same
     assert command([*again, "--out", "again.pt"], pixels.main)[0] == 0
     assert same(read_checkpoint("again.pt")["model"], read_checkpoint("pixels.pt")["model"])
-    with quick_probe():
+    with quickly():
         out = diagnosed("pixels.pt", "--only", "clustering", "token-flow", "content")
     result = report_in("pixels-diagnostics")["model"]
     assert set(result["experiments"]) == {"clustering", "token-flow"} and result["reader"] == found["test_accuracy"]
@@ -1835,10 +1835,13 @@ def report_in(path) -> dict:
     return json.loads(Path(path, "report.json").read_text())
 
 
-def quick_probe():
-    """The trained classifiers take most of the time: in their place the nearest mean."""
-    quick = lambda fit, settings, bank, labels, x: (measures.nearest_mean_predict(bank, labels, x), 0.5)
-    return replaced(diagnostics, "fit_probe", quick)
+@contextlib.contextmanager
+def quickly():
+    """What takes most of the time is left out: in place of trained classifiers the nearest mean, empty pictures."""
+    mean = lambda fit, settings, bank, labels, x: (measures.nearest_mean_predict(bank, labels, x), 0.5)
+    with replaced(diagnostics, "fit_probe", mean), \
+            replaced(figures.Figure, "savefig", lambda figure, path: Path(path).touch()):
+        yield
 
 
 def names_in(path) -> set[str]:
@@ -1882,10 +1885,10 @@ def test_diagnostics_command():
 
         def interrupted(*_, **more):       # as Ctrl-C would, and also where a background shell has SIGINT ignored
             raise KeyboardInterrupt
-        with replaced(diagnostics, "token_flow", interrupted), quick_probe():
+        with replaced(diagnostics, "token_flow", interrupted), quickly():
             assert diagnosed("out.pt", "--out", "part", status=130) == "interrupted"
         assert set(report_in("part")["model"]["experiments"]) == {"clustering"}        # what was done by then
-        with replaced(diagnostics, "SIZES", (60, 1000)), quick_probe():
+        with replaced(diagnostics, "SIZES", (60, 1000)), quickly():
             out = diagnosed("out.pt", "--only", "learning-curve", "--out", "curve")
         curve = report_in("curve")["model"]["experiments"]["learning-curve"]
         assert [row["images"] for row in curve["rows"]] == [60, 160] and "reader - linear, points" in out
@@ -1894,7 +1897,7 @@ def test_diagnostics_command():
 
 
 def test_diagnostics_of_several_checkpoints():
-    with folder(), quick_probe():
+    with folder(), quickly():
         flags = [*TINY, "--epochs", 1, "--steps", 1, "--reader-depth", 0, "--val", 0.2, "--out"]
         for more in (["out.pt"], ["wt.pt", "--w-task", 0]):
             assert command([*flags, *more])[0] == 0
@@ -2004,7 +2007,7 @@ DATA = dict(dataset="digits", data_root="data", size=8, train_size=160, test_siz
 @contextlib.contextmanager
 def planted_method():
     """Its file in a temporary folder; yields its module."""
-    with folder() as here, quick_probe():
+    with folder() as here, quickly():
         (here / "planted.py").write_text(PLANTED)
         sys.path.insert(0, str(here))
         checkpoint.METHODS["planted"] = "planted"
@@ -2099,7 +2102,7 @@ def test_nothing_is_claimed_of_nothing():
         checkpoint.save_checkpoint("untrained.pt", content | {"args": content["args"] | {"seed": 1}})
         for path, loader in (("untrained.pt", data.load_dataset), ("trained.pt", shuffled)):
             load = data.load_dataset
-            with replaced(diagnostics, "load_dataset", loader), quick_probe():
+            with replaced(diagnostics, "load_dataset", loader), quickly():
                 diagnosed(path, "--repeats", 2)
             summary = report_in(path[:-3] + "-diagnostics")["model"]["summary"]
             verdicts = [verdict_of([line], "C") for line in summary if line.startswith("C")]
