@@ -127,6 +127,7 @@ def coordinate_systems(model, bank: Fitted, queries: Fitted):
 
 GEOMETRY = {"knn1": "1-NN", "knn10": "10-NN", "nearest_mean": "nearest mean"}
 PROBES = {"linear": (fit_linear, PENALTIES), "mlp": (fit_mlp, DECAYS)}
+MLP_ON = ("pixels", "phi - theta")     # and where the linear probe does best: it takes long
 # Of these a trained classifier would learn little that it does not learn from phi - theta.
 UNPROBED = ("standardised per weight", "all but the bias column", "cosine of phi - theta",
             "cosine of phi - theta + beta", "after the reader's input map")
@@ -146,28 +147,41 @@ def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, pr
     """systems: as `coordinate_systems` yields; guesses (q,): the trained reader's predictions."""
     g, classes = generator("shuffle", seed), int(max(bank_labels.max(), labels.max())) + 1
     shuffled = bank_labels[torch.randperm(len(bank_labels), generator=g).to(labels.device)]
-    rows, hits, held, weights_purity = [], {}, {}, None   # hits: {(coordinate, how): (q,)}
+    rows, hits, held = {}, {}, {}               # hits: {(coordinate, how): (q,)}
+    best = None                        # the coordinates on which the linear probe does best
+
+    def ask(name, how, guesses):
+        hits[name, how] = (guesses == labels).double()
+        rows[name][how] = float(hits[name, how].mean())
+
+    def probe(name, how, bank, x):
+        fit, settings = PROBES[how]
+        guesses, held[name, how] = fit_probe(fit, settings, bank, bank_labels, x)
+        ask(name, how, guesses)
+
     for name, bank, x in tqdm(systems, "clustering", leave=False, disable=None):
         found = predictions(bank, bank_labels, x, classes)
         fisher = fisher_ratio(x, labels)
-        row = {"coordinate": name, "d": x.shape[1], "purity": float(purity(x, labels).mean()),
-               "silhouette": float(silhouettes(x, labels).mean()),
-               "fisher": fisher if math.isfinite(fisher) else None,        # no spread
-               "knn10_shuffled": accuracy(vote(shuffled[found["neighbors"]], classes), labels)}
+        rows[name] = {
+            "coordinate": name, "d": x.shape[1], "purity": float(purity(x, labels).mean()),
+            "silhouette": float(silhouettes(x, labels).mean()),
+            "fisher": fisher if math.isfinite(fisher) else None,           # no spread
+            "knn10_shuffled": accuracy(vote(shuffled[found["neighbors"]], classes), labels)}
+        for how in GEOMETRY:
+            ask(name, how, found[how])
         if probes and name not in UNPROBED:
-            for kind, (fit, settings) in PROBES.items():
-                found[kind], held[name, kind] = fit_probe(fit, settings, bank, bank_labels, x)
-        for how in (*GEOMETRY, *PROBES):
-            if how in found:
-                hits[name, how] = (found[how] == labels).double()
-                row[how] = float(hits[name, how].mean())
-        if name == "phi - theta":
-            weights_purity = row["purity"]
-        rows.append(row)
+            for how in PROBES if name in MLP_ON else ["linear"]:
+                probe(name, how, bank, x)
+            better = best is None or held[name, "linear"] > held[best[0], "linear"]
+            if better and name != "pixels":
+                best = name, bank, x
+    if best and best[0] not in MLP_ON:
+        probe(best[0], "mlp", *best[1:])
     right = (guesses == labels).double()
-    result = {"rows": rows, "reader": float(right.mean()), "purity": weights_purity,
-              "reader_interval": wilson(int(right.sum()), len(right)), "bank": len(bank_labels),
-              "test": len(labels), "classes": classes, "chance": chance(labels)}
+    result = {"rows": [*rows.values()], "purity": rows["phi - theta"]["purity"],
+              "reader": float(right.mean()), "bank": len(bank_labels), "test": len(labels),
+              "reader_interval": wilson(int(right.sum()), len(right)), "classes": classes,
+              "chance": chance(labels)}
     return result | opponents(right, hits, held, seed)
 
 
@@ -320,7 +334,8 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
     with initial parameters; reader: a Reader, or None; flattened: whether memory allows that."""
     labels, known = queries.labels, bank.labels
     stages = ["input tokens", *(name for name, _ in trace(queries.tokens[:1])[1])]
-    ends = ends_of_halves(whole_blocks(stages, reader))
+    blocks = ["input tokens", *whole_blocks(stages, reader)]
+    ends = ends_of_halves(blocks[1:])
     views = {"pooled": stages} | ({"flattened": list(dict.fromkeys(ends))} if flattened else {})
     walks = [walk(each, bank.tokens, queries.tokens, views.get("flattened", []), f"reader {i + 1}")
              for i, each in enumerate([trace, *untrained])]
@@ -340,7 +355,7 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
             if stage in trained and others:
                 average = sum(float(each[stage].mean()) for each in others) / len(others)
                 row[f"untrained_{view}_knn10"] = average
-        if probes:
+        if probes and stage in blocks:
             guesses, _ = fit_probe(fit_linear, PENALTIES, walks[0].bank[stage], known,
                                    walks[0].queries[stage])
             row["pooled_linear"] = accuracy(guesses, labels)
@@ -349,7 +364,7 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
         rows.append(row)
     result = {"rows": rows, "reader": float(right.mean()), "bank": len(known), "half": half,
               "reader_halves": [float(right[part].mean()) for part in split], "ends": ends,
-              "blocks": len(whole_blocks(stages, reader)) - 1, "untrained": len(untrained),
+              "blocks": len(blocks) - 2, "untrained": len(untrained),
               "test": len(labels), "classes": int(labels.max()) + 1}
     if untrained:
         result["rises"] = {view: rise(each, ends, seed) for view, each in hits.items()}
@@ -434,7 +449,6 @@ def substitutes(reader, tokens: Tensor, seed: int) -> dict[str, dict]:
     attention, mlp = range(0, len(blocks), 2), range(1, len(blocks), 2)
     itself = torch.eye(tokens.shape[1], device=tokens.device)      # each token attends to itself
     return {"attention: its mean": {b: fixed_output(means[b]) for b in attention},
-            "attention: nothing": {b: fixed_output(0 * means[b]) for b in attention},
             "attention: to itself": {b: fixed_map(blocks[b], itself) for b in attention},
             "attention: mean map": {b: fixed_map(blocks[b], maps[b]) for b in attention},
             "MLP: its mean": {b: fixed_output(means[b]) for b in mlp}}

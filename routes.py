@@ -51,7 +51,7 @@ def by_blocks(f, x: Tensor) -> Tensor:
 #
 # A part is a projection of tokens (b, T, D) -> (b, T, D).
 
-SETS, WINDOWS = 20, 5      # controls of either kind, at most
+SETS, WINDOWS = 15, 5      # controls of either kind, at most
 
 
 def columns(U: Tensor):

@@ -1440,7 +1440,7 @@ def test_knock_outs_by_hand():
     with replaced(diagnostics, "BLOCK", 64):
         found = diagnostics.knock_outs(reader, tokens, labels, known)
     rows = {(row["replaced"], row["span"], row["block"]): row["loss"][0] for row in found}
-    assert len(rows) == len(found) == 2 * (4 * 2 + 2) and max(rows.values()) > 0.1
+    assert len(rows) == len(found) == 2 * (3 * 2 + 2) and max(rows.values()) > 0.1
     states, mine = ([x for _, x in reader.trace(x)[1]] for x in (known, tokens))
     mean = [block(x).mean(0) for block, x in zip(blocks, states)]
 
@@ -1452,7 +1452,6 @@ def test_knock_outs_by_hand():
         assert abs(rows[name, span, number] - loss) < 1e-9, (name, span, number)
 
     same("MLP: its mean", "alone", 2, mine[3] + mean[3])
-    same("attention: nothing", "alone", 1, mine[0], 1)
     same("attention: its mean", "alone", 1, mine[0] + mean[0], 1)
     x = mine[0] + mean[0]
     x = x + blocks[1](x)
@@ -1522,7 +1521,7 @@ def test_bias_route_on_planted_truths():
     assert min(loss[key] for key in ("another image's", "zero", "its train mean", "an image's of another class")) > 0.5
     assert abs(loss["only the bias column"]) < 0.02 and abs(loss["another image's of the same class"]) < 0.02
     assert all(abs(row["loss"][0]) < 0.02 for row in bias["rows"] if row["group"] in ("control", "route"))
-    assert bias["controls"]["random columns"]["number"] == 20 and bias["single_columns"]["share_below_bias"] == 1
+    assert bias["controls"]["random columns"]["number"] == 15 and bias["single_columns"]["share_below_bias"] == 1
     ranks = {row["rank"]: row for row in bias["rows"] if row["group"] == "rank"}
     assert ranks[0]["loss"][0] > 0.5 and abs(ranks[4]["loss"][0]) < 0.03 and list(ranks) == [0, 1, 2, 4, 8]
     assert ranks[0]["energy"] == 0 < ranks[4]["energy"] < ranks[8]["energy"] < 1
@@ -1745,7 +1744,8 @@ def test_every_verdict():
     wide = about(0.01, 0.05)
     for gap, best, reader, expected in (
             (about(0.05), 0.4, 0.5, "supported"), (about(-0.05), 0.5, 0.4, "refuted"),
-            (wide, 0.4, 0.5, "not decided here"), (about(0.01), 0.4, 0.5, "equivalent"), (about(0.02, 0.01), 0.4, 0.5, "not decided here"),
+            (wide, 0.4, 0.5, "not decided here"), (about(0.01), 0.4, 0.5, "equivalent"),
+            (about(0.02, 0.01), 0.4, 0.5, "not decided here"),
             (about(0.05), 0.97, 0.99, "no verdict: ceiling"), (about(0.05), 0.1, 0.15, "no verdict: floor"),
             (None, 0.4, 0.5, "not decided here")):
         assert claims.opponent_verdict(gap, best, reader, 0.1).startswith(expected), (gap, expected)
@@ -1789,7 +1789,8 @@ def model_report(setting, seed, gap, margin=0.05, late=0.1, stages=(0.5, 0.5)) -
             "training": {"seed": seed, "w_task": setting, "width": 8}, "experiments": {
                 "clustering": {"purity": stages[0], "chance": 0.1, "G": opponent, "L": opponent},
                 "token-flow": {"rises": {"pooled": view, "flattened": view}, "blocks": 4,
-                               "reader_halves": [0.4 + gap] * 2, "rows": [{"stage": "MLP 1", "purity_halves": list(stages)}]},
+                               "reader_halves": [0.4 + gap] * 2,
+                               "rows": [{"stage": "MLP 1", "purity_halves": list(stages)}]},
                 "bias-route": {"permuted": about(0.1), "above_sets": 1.0,
                                "controls": {"random columns": control, "principal components": control}}}}
 
@@ -1871,7 +1872,7 @@ def test_diagnostics_command():
         rows = {row["coordinate"]: row for row in clusters["rows"]}
         assert report["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
         assert "mlp" in rows["phi - theta"] and not report["whole_bank"] and "80 training images only" in out
-        assert len(done["token-flow"]["rows"]) == 4 and len(done["token-flow"]["knock_outs"]) == 10
+        assert len(done["token-flow"]["rows"]) == 4 and len(done["token-flow"]["knock_outs"]) == 8
         assert report["method"] == "mwt" and "--fraction=0.5" in report["command"] and set(done) == set(FILES)
         no_row_is_folded(done)
         model, args = checkpoint.load_checkpoint("out.pt")
@@ -2042,7 +2043,7 @@ def test_a_method_that_is_no_mwt():
         assert set(done) == set(FILES) and names_in("full") == {*FILES.values(), "summary.png", "report.json"}
         rows = {row["coordinate"]: row["d"] for row in done["clustering"]["rows"]}
         assert rows["first strip"] == 7 and rows["phi - theta"] == 28 and rows["after the reader's input map"] == 32
-        assert len(done["token-flow"]["knock_outs"]) == 20 and "\nC3, " in out
+        assert len(done["token-flow"]["knock_outs"]) == 16 and "\nC3, " in out
         assert "planted.py" in report["command"] and "--knots=5" in report["command"]
 
         bare = planted.Bare({}, 10)
