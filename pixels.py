@@ -85,7 +85,7 @@ def from_checkpoint(content: dict, device="cpu") -> Pixels:
 
 
 def count_flops(reader: Reader) -> int:
-    """FLOPs of the matrix products of an image, forward and backward (a multiply-add is two)."""
+    """FLOPs of an image's matrix products, forward and backward (a multiply-add is two)."""
     reader = copy.deepcopy(reader).to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter, \
             sdpa_kernel(SDPBackend.MATH):
@@ -106,15 +106,8 @@ def choose(start: dict, accuracy) -> dict:
     return best
 
 
-def train_on(fits: Fits, test: Fits, known: tuple, args, **changed) -> dict:
-    """Trains to args.out, or goes on there; returns the metrics."""
-    args = argparse.Namespace(**vars(args) | changed)
-    train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", known, test)
-    return read_checkpoint(args.out)["metrics"]
-
-
-def try_settings(args, fits: Fits, known: tuple, trials: list[dict], write) -> dict:
-    """The chosen setting. Each trial is added to `trials`, then write() is called."""
+def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
+    """The chosen setting; every trial is added to `trials`, then write() is called."""
     held = torch.zeros_like(fits.labels, dtype=torch.bool)
     held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
     rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
@@ -124,7 +117,7 @@ def try_settings(args, fits: Fits, known: tuple, trials: list[dict], write) -> d
             if setting.items() <= trial.items():
                 return trial["held_out"]
         path = Path(args.out).with_suffix(f".trial{len(trials) + 1}.pt")
-        metrics = train_on(rest, held, known, args, **setting, out=str(path), val=0.2)
+        metrics = train_on(rest, held, args, **setting, out=str(path), val=0.2)
         trials.append(setting | {"held_out": metrics["test_accuracy"],
                                  "training": metrics["epochs"][-1]["train_accuracy"]})
         write()
@@ -147,33 +140,40 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
     for name in given.keys() - {*USED, "spread", "choose"}:
         raise InputError(f"{settings.flag(name)}: means nothing to patches of pixels")
-    usual = vars(settings.settings(given))
-    args = argparse.Namespace(**{key: usual[key] for key in (*USED, "token_scale", *given)})
-    settings.check_output(argparse.Namespace(out=args.out, resume=True))       # can it be written?
-    return args
+    args = vars(settings.settings(given))
+    settings.check_output(argparse.Namespace(out=args["out"], resume=True))
+    return argparse.Namespace(**{key: args[key] for key in (*USED, "token_scale", *given)})
 
 
-def fit_all(model: Pixels, images, args, device) -> Fits:
-    x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
-    return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(labels), device=device))
-
-
-def run(argv: list[str] | None):
-    args = read_flags(argv)
+def open_report(args, path: Path) -> dict:
+    """What this command has found before. InputError: --out holds another's."""
     flags = {key: value for key, value in vars(args).items() if key not in settings.FREE}
-    path, report = Path(args.out).with_suffix(".json"), {"flags": flags, "trials": []}
+    report = {"flags": flags, "trials": []}
     if path.exists() or Path(args.out).exists():
         report = json.loads(path.read_text()) if path.exists() else {}
         if report.get("flags") != flags:
             raise InputError(f"--out {args.out}: there already, of another command; choose another")
-    device = settings.find_device(args.device)
-    images, test = load_dataset(args, device)
-    model, known = Pixels(args, images.channels, len(images.classes)), facts(images)
+    return report
+
+
+def run(argv: list[str] | None):
+    args = read_flags(argv)
+    path, device = Path(args.out).with_suffix(".json"), settings.find_device(args.device)
+    report, (images, test) = open_report(args, path), load_dataset(args, device)
+    model = Pixels(args, images.channels, len(images.classes))
     tokens, flops = len(model.reader.beta), count_flops(model.reader)
     report |= {"tokens": tokens, "flops_an_image": flops} | settings.environment(device)
-    print(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on; "
-          f"{tokens} tokens of {model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward "
-          "and backward", flush=True)
+    print(f"{len(images)} images to train on, {len(test)} to evaluate on; {tokens} tokens of "
+          f"{model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward and backward")
+
+    def fitted(images) -> Fits:
+        x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
+        return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(x), device=device))
+
+    def train_on(fits: Fits, test: Fits, args, **changed) -> dict:
+        args = argparse.Namespace(**vars(args) | changed)
+        train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", facts(images), test)
+        return read_checkpoint(args.out)["metrics"]
 
     def write():
         temporary = path.with_suffix(".tmp")
@@ -181,16 +181,15 @@ def run(argv: list[str] | None):
         os.replace(temporary, path)
 
     write()
-    fits, tests = fit_all(model, images, args, device), fit_all(model, test, args, device)
+    fits = fitted(images)
     if args.choose:
-        best = try_settings(args, fits, known, report["trials"], write)
+        best = try_settings(args, fits, train_on, report["trials"], write)
         args = argparse.Namespace(**vars(args) | best | {"choose": False})
-    report |= train_on(fits, tests, known, args)
+    report |= train_on(fits, fitted(test), args)
     report["command"] = settings.command_line(args, "pixels")
     write()
     low, high = report["test_interval"]
-    print(f"accuracy {report['test_accuracy']:.2%} [{low:.2%}, {high:.2%}] on {len(test)} images: "
-          f"{report['command']}")
+    print(f"accuracy {report['test_accuracy']:.2%} [{low:.2%}, {high:.2%}]: {report['command']}")
 
 
 def main(argv: list[str] | None = None):
