@@ -4,12 +4,12 @@ when it is stored as the weights of an INR?
     python pixels.py --dataset digits --choose             # pixels.pt, pixels.json
     python diagnostics.py --ckpt pixels.pt
 
-Reader, training and data are train.py's; a token is a square patch of the image where it was a
-neuron's row. A weak opponent would flatter the weights, so its recipe is its own: with --choose
-spread, learning rate and epochs are chosen on a fifth of the training images, before it is trained
-on all of them. The same command, given again, goes on where it was stopped.
+A token is a square patch of the image where it was a neuron's row; all else is train.py's. A weak
+opponent would flatter the weights, so with --choose its spread, learning rate and epochs are chosen
+on a fifth of the training images. The same command, given again, goes on where it was stopped.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -57,9 +57,8 @@ class Pixels(nn.Module):
 
     def fit(self, images: Tensor) -> Tensor:
         """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one
-        each, then row by row. Zeros make them as long as a neuron's row: the reader is then the
-        weights', and its offsets beta have room to say where a patch is; in the few numbers of the
-        patch itself they could not be told from grey levels."""
+        each, then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
+        own, and its offsets beta have room to say where a patch is, apart from its grey levels."""
         planes = images.reshape(-1, self.together, self.size, self.size)
         patches = F.unfold(planes, self.side, stride=self.side).mT.reshape(
             len(images), -1, self.filled)
@@ -124,7 +123,7 @@ def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
         path.unlink()
         print("spread {spread:g}, lr {lr:.3g}, {epochs} epochs: {held_out:.2%} held out, "
               "{training:.2%} in training".format(**trials[-1]), flush=True)
-        return trials[-1]["held_out"]
+        return metrics["test_accuracy"]
 
     return choose({key: vars(args)[key] for key in ("spread", "lr", "epochs")}, accuracy)
 
@@ -148,12 +147,13 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
 def open_report(args, path: Path) -> dict:
     """What this command has found before. InputError: --out holds another's."""
     flags = {key: value for key, value in vars(args).items() if key not in settings.FREE}
-    report = {"flags": flags, "trials": []}
-    if path.exists() or Path(args.out).exists():
-        report = json.loads(path.read_text()) if path.exists() else {}
-        if report.get("flags") != flags:
-            raise InputError(f"--out {args.out}: there already, of another command; choose another")
-    return report
+    if not path.exists() and not Path(args.out).exists():
+        return {"flags": flags, "trials": []}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):        # some other file
+        report = json.loads(path.read_text())
+        if report["flags"] == flags:
+            return report
+    raise InputError(f"--out {args.out}: it or {path} is of another command; choose another")
 
 
 def run(argv: list[str] | None):
@@ -170,7 +170,7 @@ def run(argv: list[str] | None):
         x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
         return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(x), device=device))
 
-    def train_on(fits: Fits, test: Fits, args, **changed) -> dict:
+    def train_on(fits: Fits, test: Fits, args, **changed) -> dict:             # metrics
         args = argparse.Namespace(**vars(args) | changed)
         train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", facts(images), test)
         return read_checkpoint(args.out)["metrics"]
