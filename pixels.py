@@ -96,8 +96,9 @@ def count_flops(reader: Reader) -> int:
 
 def choose(start: dict, accuracy) -> dict:
     """The setting of the highest accuracy(setting), from `start` on one flag after the other."""
-    grid = {"spread": [start["spread"], 0.1, 0.3, 1.0],
-            "lr": [start["lr"] * factor for factor in (1, 1 / 3, 3)],
+    # The rate first: where it is too low nothing is learnt, whatever the spread.
+    grid = {"lr": [start["lr"] * factor for factor in (1, 1 / 3, 3, 10)],
+            "spread": [start["spread"], 0.1, 0.3, 1.0],
             "epochs": [start["epochs"] * factor for factor in (1, 3)]}
     best = start
     for key, values in grid.items():

@@ -1682,7 +1682,7 @@ def test_pixels_command():
         kept = report("pixels")["trials"]
         assert command(PIXELS, pixels.main)[0] == 0
     found, (model, args) = report("pixels"), load_checkpoint("pixels.pt")
-    assert seen == [160] * 8 + [200] and found["trials"][:5] == kept and len(kept) == 5 and len(found["trials"]) == 7
+    assert seen == [160] * 9 + [200] and found["trials"][:5] == kept and len(kept) == 5 and len(found["trials"]) == 8
     assert all(math.isclose(vars(args)[key], value) for key, value in winner.items()) and args.val == 0
     assert found["tokens"] == 64 and found["flops_an_image"] == pixels.count_flops(model.reader)
     assert names_in(".") == {"pixels.pt", "pixels.json"}
