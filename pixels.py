@@ -4,12 +4,12 @@ when it is stored as the weights of an INR?
     python pixels.py --dataset digits --choose             # pixels.pt, pixels.json
     python diagnostics.py --ckpt pixels.pt
 
-Reader, training and data are train.py's; a token is a square patch of the image where it was a
-neuron's row. A weak opponent would flatter the weights, so its recipe is its own: with --choose
-spread, learning rate and epochs are chosen on a fifth of the training images, before it is trained
-on all of them. The same command, given again, goes on where it was stopped.
+A token is a square patch of the image where it was a neuron's row; all else is train.py's. A weak
+opponent would flatter the weights, so with --choose its spread, learning rate and epochs are chosen
+on a fifth of the training images. The same command, given again, goes on where it was stopped.
 """
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -57,9 +57,8 @@ class Pixels(nn.Module):
 
     def fit(self, images: Tensor) -> Tensor:
         """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one
-        each, then row by row. Zeros make them as long as a neuron's row: the reader is then the
-        weights', and its offsets beta have room to say where a patch is; in the few numbers of the
-        patch itself they could not be told from grey levels."""
+        each, then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
+        own, and its offsets beta have room to say where a patch is, apart from its grey levels."""
         planes = images.reshape(-1, self.together, self.size, self.size)
         patches = F.unfold(planes, self.side, stride=self.side).mT.reshape(
             len(images), -1, self.filled)
@@ -85,7 +84,7 @@ def from_checkpoint(content: dict, device="cpu") -> Pixels:
 
 
 def count_flops(reader: Reader) -> int:
-    """FLOPs of the matrix products of an image, forward and backward (a multiply-add is two)."""
+    """FLOPs of an image's matrix products, forward and backward (a multiply-add is two)."""
     reader = copy.deepcopy(reader).to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter, \
             sdpa_kernel(SDPBackend.MATH):
@@ -97,8 +96,9 @@ def count_flops(reader: Reader) -> int:
 
 def choose(start: dict, accuracy) -> dict:
     """The setting of the highest accuracy(setting), from `start` on one flag after the other."""
-    grid = {"spread": [start["spread"], 0.1, 0.3, 1.0],
-            "lr": [start["lr"] * factor for factor in (1, 1 / 3, 3)],
+    # The rate first: where it is too low nothing is learnt, whatever the spread.
+    grid = {"lr": [start["lr"] * factor for factor in (1, 1 / 3, 3, 10)],
+            "spread": [start["spread"], 0.1, 0.3, 1.0],
             "epochs": [start["epochs"] * factor for factor in (1, 3)]}
     best = start
     for key, values in grid.items():
@@ -106,15 +106,8 @@ def choose(start: dict, accuracy) -> dict:
     return best
 
 
-def train_on(fits: Fits, test: Fits, known: tuple, args, **changed) -> dict:
-    """Trains to args.out, or goes on there; returns the metrics."""
-    args = argparse.Namespace(**vars(args) | changed)
-    train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", known, test)
-    return read_checkpoint(args.out)["metrics"]
-
-
-def try_settings(args, fits: Fits, known: tuple, trials: list[dict], write) -> dict:
-    """The chosen setting. Each trial is added to `trials`, then write() is called."""
+def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
+    """The chosen setting; every trial is added to `trials`, then write() is called."""
     held = torch.zeros_like(fits.labels, dtype=torch.bool)
     held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
     rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
@@ -124,14 +117,14 @@ def try_settings(args, fits: Fits, known: tuple, trials: list[dict], write) -> d
             if setting.items() <= trial.items():
                 return trial["held_out"]
         path = Path(args.out).with_suffix(f".trial{len(trials) + 1}.pt")
-        metrics = train_on(rest, held, known, args, **setting, out=str(path), val=0.2)
+        metrics = train_on(rest, held, args, **setting, out=str(path), val=0.2)
         trials.append(setting | {"held_out": metrics["test_accuracy"],
                                  "training": metrics["epochs"][-1]["train_accuracy"]})
         write()
         path.unlink()
         print("spread {spread:g}, lr {lr:.3g}, {epochs} epochs: {held_out:.2%} held out, "
               "{training:.2%} in training".format(**trials[-1]), flush=True)
-        return trials[-1]["held_out"]
+        return metrics["test_accuracy"]
 
     return choose({key: vars(args)[key] for key in ("spread", "lr", "epochs")}, accuracy)
 
@@ -147,33 +140,41 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
     for name in given.keys() - {*USED, "spread", "choose"}:
         raise InputError(f"{settings.flag(name)}: means nothing to patches of pixels")
-    usual = vars(settings.settings(given))
-    args = argparse.Namespace(**{key: usual[key] for key in (*USED, "token_scale", *given)})
-    settings.check_output(argparse.Namespace(out=args.out, resume=True))       # can it be written?
-    return args
+    args = vars(settings.settings(given))
+    settings.check_output(argparse.Namespace(out=args["out"], resume=True))
+    return argparse.Namespace(**{key: args[key] for key in (*USED, "token_scale", *given)})
 
 
-def fit_all(model: Pixels, images, args, device) -> Fits:
-    x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
-    return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(labels), device=device))
+def open_report(args, path: Path) -> dict:
+    """What this command has found before. InputError: --out holds another's."""
+    flags = {key: value for key, value in vars(args).items() if key not in settings.FREE}
+    if not path.exists() and not Path(args.out).exists():
+        return {"flags": flags, "trials": []}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):        # some other file
+        report = json.loads(path.read_text())
+        if report["flags"] == flags:
+            return report
+    raise InputError(f"--out {args.out}: it or {path} is of another command; choose another")
 
 
 def run(argv: list[str] | None):
     args = read_flags(argv)
-    flags = {key: value for key, value in vars(args).items() if key not in settings.FREE}
-    path, report = Path(args.out).with_suffix(".json"), {"flags": flags, "trials": []}
-    if path.exists() or Path(args.out).exists():
-        report = json.loads(path.read_text()) if path.exists() else {}
-        if report.get("flags") != flags:
-            raise InputError(f"--out {args.out}: there already, of another command; choose another")
-    device = settings.find_device(args.device)
-    images, test = load_dataset(args, device)
-    model, known = Pixels(args, images.channels, len(images.classes)), facts(images)
+    path, device = Path(args.out).with_suffix(".json"), settings.find_device(args.device)
+    report, (images, test) = open_report(args, path), load_dataset(args, device)
+    model = Pixels(args, images.channels, len(images.classes))
     tokens, flops = len(model.reader.beta), count_flops(model.reader)
     report |= {"tokens": tokens, "flops_an_image": flops} | settings.environment(device)
-    print(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on; "
-          f"{tokens} tokens of {model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward "
-          "and backward", flush=True)
+    print(f"{len(images)} images to train on, {len(test)} to evaluate on; {tokens} tokens of "
+          f"{model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward and backward")
+
+    def fitted(images) -> Fits:
+        x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
+        return Fits(model.fit(images.signal(x)), labels, torch.zeros(len(x), device=device))
+
+    def train_on(fits: Fits, test: Fits, args, **changed) -> dict:             # metrics
+        args = argparse.Namespace(**vars(args) | changed)
+        train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", facts(images), test)
+        return read_checkpoint(args.out)["metrics"]
 
     def write():
         temporary = path.with_suffix(".tmp")
@@ -181,16 +182,15 @@ def run(argv: list[str] | None):
         os.replace(temporary, path)
 
     write()
-    fits, tests = fit_all(model, images, args, device), fit_all(model, test, args, device)
+    fits = fitted(images)
     if args.choose:
-        best = try_settings(args, fits, known, report["trials"], write)
+        best = try_settings(args, fits, train_on, report["trials"], write)
         args = argparse.Namespace(**vars(args) | best | {"choose": False})
-    report |= train_on(fits, tests, known, args)
+    report |= train_on(fits, fitted(test), args)
     report["command"] = settings.command_line(args, "pixels")
     write()
     low, high = report["test_interval"]
-    print(f"accuracy {report['test_accuracy']:.2%} [{low:.2%}, {high:.2%}] on {len(test)} images: "
-          f"{report['command']}")
+    print(f"accuracy {report['test_accuracy']:.2%} [{low:.2%}, {high:.2%}]: {report['command']}")
 
 
 def main(argv: list[str] | None = None):
