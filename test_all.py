@@ -1687,7 +1687,7 @@ def test_pixels_command():
         out = diagnosed("pixels.pt")
     result = report_in("pixels-diagnostics")["model"]
     assert set(result["experiments"]) == {"clustering", "token-flow"} and result["reader"] == found["test_accuracy"]
-    assert "left out: bias route: " in out and "left out: content: " in out and "pixels.py" in result["command"]
+    assert "left out: bias-route: " in out and "left out: content: " in out and "pixels.py" in result["command"]
     Path("list.json").write_text("[]")
     for argv, *words in ((["--lr", 1], "pixels.pt", "another"), (["--out", "list.pt"], "list.json", "another"),
                          (["--fraction", 0.5], "--fraction"), (["--spread", -1], "--spread"),
