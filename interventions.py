@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,29 +36,34 @@ import figures
 import train
 from bench import count_flops
 from checkpoint import InputError, Stop, exits, generator, model_from, read_checkpoint, seeded
-from claims import POINTS, decide, fold, side, span
+from claims import POINTS, fold, side, span
 from data import load_dataset
 from diagnostics import Fitted, accuracy, clustering, coordinate_systems, fit_all, token_flow
-from measures import bootstrap, paired_bootstrap, t_interval, t_quantile
+from measures import bootstrap, holm, paired_bootstrap, t_interval, t_quantile, t_test
 from routes import BLOCK, donors
-from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment, find_device, flag,
-                      parser, settings, whole)
+from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment, epochs,
+                      find_device, flag, parser, settings, whole)
 
 # ---- Lanes ---------------------------------------------------------------------------------------
 #
-# A lane changes one thing; lanes joined by + change several. Each is compared with the baseline. A
-# gain could come from mere size: `deeper` costs more than any single lane. Controls: `column` and
-# `column-random` of `bias`, `centred` of `colour`, `baseline64` of the contrastive lanes, whose
-# loss needs pairs of a class in a batch.
+# A lane changes one thing; lanes joined by + change several. Each is compared with the baseline and
+# with what could explain its gain away: more compute (`baseline@LANE`: the baseline trained for as
+# many steps as cost the lane's FLOPs, on a schedule of its own), another column (`column` and
+# `column-random` of `bias`), no mean colour (`centred` of `colour`). `deeper` says what capacity
+# alone buys. The contrastive lanes need pairs of a class in a batch, so theirs is `baseline64`;
+# `cluster-random1` has the price of the second loss without its classes.
 
 TASK = "another weight of the class loss"
 CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
+RANDOM = "the same loss with random labels, fixed for the run"
 LANES = {              # name: what changes, in words, in flags; None: `Sweep.change` has it
     "baseline": ("shared-anchor MWT", {}),
     "wt": ("no class loss for the INR", {"w_task": 0.0}),
     **{f"task{w:g}": (TASK, {"w_task": w}) for w in (0.001, 0.1, 1.0, 10.0)},
     "baseline64": ("batches of at least 64", {"batch_size": 64}),
     **{f"cluster{w:g}": (CLUSTER, {"batch_size": 64, "w_cluster": w}) for w in (0.01, 0.1, 1.0)},
+    **{f"cluster-random{w:g}": (RANDOM, {"batch_size": 64, "w_cluster": w, "cluster_random": True})
+       for w in (0.1, 1.0)},
     "route": ("learned queries gather the tokens, starting from their mean", {"readout": 8}),
     "bias": ("the bias column to the logits by a branch of its own", {"branch": "bias"}),
     "column": ("as bias, but the column of highest energy in its baseline", None),
@@ -71,20 +76,32 @@ LANES = {              # name: what changes, in words, in flags; None: `Sweep.ch
 FACTORS = ("route", "bias", "dense")
 CELLS = list(itertools.product((0, 1), repeat=3))      # which are on
 CELL_LANES = ["+".join(itertools.compress(FACTORS, cell)) or "baseline" for cell in CELLS]
+JUDGED = [*CELL_LANES[1:], "column", "column-random", "deeper"]           # by C4
+MATCHED = "baseline@"
+PRESSED = [lane for lane in LANES if lane.startswith("cluster") and "random" not in lane]
+REGIMES = {            # lanes of one architecture that differ in the weight of one loss
+    "class loss": ["baseline", "wt", *(lane for lane in LANES if lane.startswith("task"))],
+    "contrastive loss": ["baseline64", *PRESSED],
+    "contrastive loss, random labels": ["baseline64", "cluster-random0.1", "cluster-random1"]}
 
 
 def place(lane: str) -> tuple:
-    """Where a lane stands in a table: as in LANES, joined ones at the end."""
-    return lane.count("+"), [list(LANES).index(part) for part in lane.split("+")]
+    """Where a lane stands in a table: as in LANES, joined ones at the end, each before the baseline
+    of its compute."""
+    plain = lane.removeprefix(MATCHED)
+    return plain.count("+"), [list(LANES).index(part) for part in plain.split("+")], lane != plain
 
 
 def rivals(lane: str) -> list[str]:
     """The lanes that this one is compared with, its baseline first."""
     found = ["baseline64" if "cluster" in lane else "baseline"]
+    if lane in JUDGED:
+        found.append(MATCHED + lane)
     if lane.startswith("task"):
         found.append("wt")
-    if lane in CELL_LANES[1:]:
-        found.append("deeper")
+    control = lane.replace("cluster", "cluster-random")
+    if lane in PRESSED and control in LANES:
+        found.append(control)
     return found + {"bias": ["column", "column-random"], "colour": ["centred"]}.get(lane, [])
 
 
@@ -92,11 +109,12 @@ def with_baselines(lanes: list[str]) -> list[str]:
     """The lanes asked for and their baselines, in order. InputError: no such lane."""
     found = {"baseline"}
     for lane in lanes:
-        parts = lane.split("+")
-        if not set(parts) <= set(LANES):
-            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, and joined by +")
-        lane = "+".join(sorted(parts, key=place))
-        found |= {lane, rivals(lane)[0]}
+        plain = lane.removeprefix(MATCHED)
+        if not set(plain.split("+")) <= set(LANES):
+            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, joined by +, and "
+                             f"{MATCHED} before one")
+        plain = "+".join(sorted(plain.split("+"), key=place))
+        found |= {MATCHED + plain} if lane.startswith(MATCHED) else {plain, rivals(plain)[0]}
     return sorted(found, key=place)
 
 
@@ -115,6 +133,7 @@ def cost(args, facts) -> tuple[int, float]:
 FORMAT = {"format": "routed-inr sweep", "version": 1}
 NAME = re.compile(r"(.+)-seed(\d+)(-[0-9a-f]{8})?\.diagnosis\.json")   # older ones end in a hash
 MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "seconds")
+AVERAGED = (*MEASURED, "lost_branch")          # which the first runs do not have
 
 
 @dataclass
@@ -124,6 +143,7 @@ class Sweep:
     base: argparse.Namespace       # settings
     threads: int                   # of every run, since rounding depends on it
     facts: list                    # channels, class names, number of training images
+    flops: dict = field(default_factory=dict)      # of lanes, an image, once counted
 
     def change(self, part: str, seed: int, highest_column: int | None = None) -> dict:
         """The flags that a part of a lane changes."""
@@ -140,6 +160,14 @@ class Sweep:
         if "batch_size" in change:
             change["batch_size"] = max(64, self.base.batch_size)
         return change
+
+    def matched_epochs(self, lane: str) -> float:
+        """Of the baseline, such that training costs what the lane's does, to a hundredth."""
+        for name in (lane, "baseline"):
+            if name not in self.flops:
+                args = self.args(name, 0, {("baseline", 0): {"highest_column": 0}})
+                self.flops[name] = cost(args, self.facts)[1]
+        return epochs(str(round(self.base.epochs * self.flops[lane] / self.flops["baseline"], 2)))
 
     @functools.cached_property
     def depth(self) -> int:
@@ -163,6 +191,9 @@ class Sweep:
         """The settings of a run. runs: those that are there, for the baseline's column."""
         highest = runs.get(("baseline", seed), {}).get("highest_column")
         changes = {"seed": seed, "out": str(self.folder / "runs" / f"{lane}-seed{seed}.pt")}
+        if lane.startswith(MATCHED):
+            return argparse.Namespace(**vars(self.base) | changes | {
+                "epochs": self.matched_epochs(lane.removeprefix(MATCHED))})
         for part in lane.split("+"):
             change = self.change(part, seed, highest)
             for key in set(change) & set(changes):
@@ -182,7 +213,9 @@ def read_runs(folder: Path) -> dict[tuple[str, int], dict]:
                 raise ValueError
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: damaged; delete it, and it is made again") from error
-        found[lane, int(seed)] = run | {"lane": lane, "seed": int(seed)}
+        if "lost_branch" not in run and run["training"]["branch"] == "bias":
+            run["lost"] = None                 # both at once: another figure
+        found[lane, int(seed)] = {"lost_branch": None} | run | {"lane": lane, "seed": int(seed)}
     return found
 
 
@@ -267,6 +300,17 @@ def make(args) -> str:
     return f"failed: {log.read_text(errors='replace').strip().splitlines()[-1]}"
 
 
+def copied(args, runs: dict) -> bool:
+    """Whether another lane's run was the same, and stands now for this one: the baseline of the
+    same compute of two lanes that cost the same."""
+    for run in runs.values():
+        if claims.key_of(run["training"]) == claims.key_of(vars(args)):
+            write_json(Path(args.out).with_suffix(".diagnosis.json"), run | {
+                "name": Path(args.out).stem, "training": vars(args)})
+            return True
+    return False
+
+
 def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
     """Makes what is not finished. Returns, of what is not finished then, why."""
     missing = {}
@@ -278,6 +322,8 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
             continue
         if args.branch == "column:None":
             why = "needs its seed's baseline"
+        elif copied(args, runs):
+            why = ""
         elif not claim(args):
             why = "being made by another process"
         else:
@@ -297,17 +343,24 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
 # ---- Its diagnosis -------------------------------------------------------------------------------
 #
 # On the test images: the model's own predictions, geometry of the weights and of every stage of the
-# reader (diagnostics.py), and what exchanging the bias column between images costs.
+# reader (diagnostics.py), and what exchanging the bias column between images costs: in the input of
+# the reader's blocks alone, and of its branch, whatever that takes, alone.
 
-def predictions(model, fits: Fitted, donor: Tensor | None = None) -> Tensor:
-    """The model's own (n,), its branch included; donor: images (n,) to take the bias column of."""
-    found = []
+def predictions(model, fits: Fitted, donor=None, branch_donor=None) -> Tensor:
+    """The model's own (n,), its branch included; donor: images (n,) whose bias column the reader's
+    blocks see instead, branch_donor: images whose column or colour the branch sees instead."""
+    reader, found = model.reader, []
     for rows in torch.arange(len(fits.labels)).split(BLOCK):
-        tokens = fits.tokens[rows].clone()
+        seen = rows if branch_donor is None else branch_donor[rows]
+        tokens, colour = fits.tokens[rows].clone(), []
         if donor is not None:
             tokens[..., -1] = fits.tokens[donor[rows], :, -1]
-        values = model.look(fits.images[rows], model.inner_loop.steps + 1)[1]  # as it saw them
-        found.append(model.logits(tokens, values).argmax(-1))
+        if getattr(reader, "takes_colour", False):
+            colour = [model.colour(model.look(fits.images[seen], model.inner_loop.steps + 1)[1])]
+        x = reader.input_map(tokens)
+        for block in reader.blocks:
+            x = x + block(x)
+        found.append(reader.conclude(x, fits.tokens[seen], *colour).argmax(-1))
     return torch.cat(found)
 
 
@@ -324,26 +377,30 @@ def diagnose(args) -> dict:
                           probes=False)
     flow = token_flow(model.trace, [untrained.trace], bank, queries, model.reader, flattened=False,
                       probes=False)
-    exchanged = [accuracy(predictions(model, queries, donors(labels, "any", repeat, 0)), labels)
-                 for repeat in range(5)]
+    others = [donors(labels, "any", repeat, 0) for repeat in range(5)]
+    reader, lost = accuracy(guesses, labels), {}
+    for key, where in (("lost", "donor"), ("lost_branch", "branch_donor")):
+        lost[key] = reader - statistics.fmean(
+            accuracy(predictions(model, queries, **{where: other}), labels) for other in others)
+    if getattr(model.reader, "branch", None) is None:
+        lost["lost_branch"] = None
     parameters, flops = cost(args, content["data"])
-    epochs = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
-    reader = accuracy(guesses, labels)
+    seconds = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
     return {"name": Path(args.out).stem, "training": vars(args), "reader": reader,
             "right": "".join(map(str, (guesses == labels).int().tolist())),
             "psnr": content["metrics"]["test_psnr"],
-            "seconds": len(epochs) * statistics.median(epochs), "parameters": parameters,
-            "gflop_per_image": flops / 1e9, "purity": geometry["purity"], "gap": geometry["G"]["gap"][0],
-            "last_knn10": flow["rows"][-1]["pooled_knn10"],
-            "lost": reader - statistics.fmean(exchanged),
+            "seconds": args.epochs * statistics.median(seconds), "parameters": parameters,
+            "gflop_per_image": flops / 1e9, "purity": geometry["purity"],
+            "gap": geometry["G"]["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"], **lost,
             "highest_column": int(bank.tokens[..., :-1].var(0).sum(0).argmax()),
             "experiments": {"clustering": geometry, "token-flow": flow}, **environment(device)}
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 #
-# Lanes are compared by seed: t interval over seeds; with one seed, paired bootstrap over images.
-# The factors alone and joined are a 2^3 factorial design, in accuracy and in log-odds, since on a
+# Lanes are compared by seed: a t interval over seeds, from two on, and beside it, never in its
+# place, a paired bootstrap over images of the first seed. The least detectable effect is the gain
+# that a test at 5% of so many seeds would find in 80% of repeats. The factors alone and joined are a 2^3 factorial design, in accuracy and in log-odds, since on a
 # bounded scale equal gains shrink near its ends: an interaction counts only if both scales show it.
 
 def contrasts() -> dict[str, Tensor]:
@@ -400,6 +457,11 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
         else:
             result[name] = {asked: bootstrap(right[0].T, lambda means: scale(means) @ c)
                             for asked, c in contrasts().items()}
+    if len(seeds) > 1:
+        freedom = 7 * (len(seeds) - 1)
+        result["least"] = {asked: (high - value) * (1 + t_quantile(freedom, 0.8)
+                                                    / t_quantile(freedom))
+                           for asked, (value, _, high) in result["accuracy"].items()}
     return result
 
 
@@ -409,63 +471,143 @@ def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | No
     if not pairs or lane == other:
         return None
     reader, purity = ([a[key] - b[key] for a, b in pairs] for key in ("reader", "purity"))
-    return {"lane": lane, "minus": other, "seeds": len(pairs),
-            "interval": t_interval(reader) or paired_bootstrap(*map(hits, pairs[0])),
-            "purity": t_interval(purity) or (purity[0], None, None)}
+    several = len(pairs) > 1
+    return {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
+            "least": detectable(reader) if several else None,
+            "p": t_test(reader) if several else None, "purity": t_interval(purity),
+            "over_images": paired_bootstrap(*map(hits, pairs[0])), "image_seed": pairs[0][0]["seed"]}
+
+
+def detectable(gains: list[float]) -> float:
+    """The least mean gain that so many seeds as spread as these show, at 5% with a power of 80%."""
+    freedom = len(gains) - 1
+    quantiles = t_quantile(freedom) + t_quantile(freedom, 0.8)
+    return quantiles * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def lane_row(lane: str, runs: list[dict]) -> dict:
     """Of each measure a lane's mean and, over seeds, standard deviation."""
     row = {key: runs[0][key] for key in ("lane", "parameters", "gflop_per_image")}
-    row |= {key: runs[0]["training"][key] for key in ("w_task", "w_cluster")} | {"n": len(runs)}
-    for key in MEASURED:
-        values = [run[key] for run in runs]
-        row[key] = (statistics.fmean(values), statistics.stdev(values) if values[1:] else None)
+    row |= {key: runs[0]["training"][key] for key in ("w_task", "w_cluster", "epochs")}
+    row["n"] = len(runs)
+    for key in AVERAGED:
+        values = [run[key] for run in runs if run[key] is not None]
+        row[key] = (statistics.fmean(values) if values else None,
+                    statistics.stdev(values) if values[1:] else None)
     return row
+
+
+def regimes(found: dict[str, list[dict]]) -> dict:
+    """Description: over the models that differ in the weight of one loss alone, the rank
+    correlation of purity and accuracy, at phi - theta and by stage of the reader."""
+    result = {}
+    for name, lanes in REGIMES.items():
+        runs = [run for lane in lanes for run in found.get(lane, [])]
+        if runs:
+            across = claims.across(runs)
+            result[name] = {key: across[key] for key in ("models", "settings", "correlations")}
+    return {name: each for name, each in result.items() if each["correlations"]}
 
 
 def summarise(found: dict[str, list[dict]]) -> dict:
     """The report. found: each lane's runs, one a seed."""
     differences = [difference(found, lane, other) for lane in found for other in rivals(lane)]
-    models = {}                # two lanes may be the same: a model counts once
-    for run in (run for runs in found.values() for run in runs):
-        models.setdefault(claims.key_of(run["training"]), run)
+    differences = [each for each in differences if each]
     return {"lanes": [lane_row(lane, runs) for lane, runs in found.items()],
-            "differences": [each for each in differences if each], "factorial": factorial(found),
-            "across": claims.across(list(models.values()))}
+            "differences": differences, "helps": judge(differences),
+            "factorial": factorial(found), "regimes": regimes(found)}
 
 
 # ---- Claims --------------------------------------------------------------------------------------
 #
-# C1 and C2 of the baseline come from claims.py; what C4 is, and its rules, stands in ABOUT below.
+# C1c and C4 by the rules of claims.py, over seeds. What C1 to C3 are of the baseline or of any other
+# run, diagnostics.py says.
 
-FEW = "not decided here (fewer than three seeds)"
+FEW = "not decided here (fewer than {} seeds)"
 
 
-def additivity_verdict(found: dict) -> str:
-    """found: the report's factorial."""
+def by_pair(differences: list[dict]) -> dict[tuple[str, str], dict]:
+    return {(each["lane"], each["minus"]): each for each in differences}
+
+
+def judge(differences: list[dict]) -> list[dict]:
+    """C4, of each lane it judges: what it has over each rival, by name, and the verdict. p is of
+    lane - baseline, after Holm's correction over all lanes that have five seeds."""
+    rows, there = [], by_pair(differences)
+    for lane in JUDGED:
+        if (lane, "baseline") in there:
+            over = {other: there.get((lane, other)) for other in rivals(lane)}
+            seeds = min(each["seeds"] if each else 0 for each in over.values())
+            rows.append({"lane": lane, "seeds": seeds, "over": over, "p": None,
+                         "verdict": FEW.format("five")})
+    decided = [row for row in rows if row["seeds"] >= 5]
+    for row, p in zip(decided, holm([row["over"]["baseline"]["p"] for row in decided])):
+        gains = {other: each["over_seeds"] for other, each in row["over"].items()}
+        least = max(each["least"] for each in row["over"].values())    # support needs all of them
+        row |= {"p": p, "verdict": claims.helps_verdict(gains, least, p)}
+    return rows
+
+
+def help_claim(row: dict) -> str:
+    gains = [f"{other} not run" if each is None else f"{other} {span(each['over_seeds'], 100)}"
+             + (f" (least effect {100 * each['least']:.1f})" if each["least"] is not None else "")
+             for other, each in row["over"].items()]
+    p = "" if row["p"] is None else f"; p {row['p']:.3f}"
+    return (f"C4, {row['lane']}: {row['verdict']}. Accuracy, points over seeds, less that of "
+            f"{', of '.join(gains)}{p}")
+
+
+def pressure_claims(differences: list[dict]) -> list[str]:
+    """C1c, of each contrastive lane."""
+    lines, there = [], by_pair(differences)
+    for lane in PRESSED:
+        plain = there.get((lane, "baseline64"))
+        control = there.get((lane, lane.replace("cluster", "cluster-random")))
+        if plain:
+            beyond = control["over_seeds"] if control and control["seeds"] >= 3 else None
+            verdict = FEW.format("three") if plain["seeds"] < 3 else claims.pressure_verdict(
+                plain["purity"], plain["over_seeds"], beyond)
+            lines.append(f"C1c, {lane}: {verdict}. Less baseline64, over {plain['seeds']} seeds: "
+                         f"purity {span(plain['purity'], 1, 3)}, accuracy "
+                         f"{span(plain['over_seeds'], 100)} points; less the same loss with random "
+                         f"labels: accuracy {span(beyond, 100)}")
+    return lines
+
+
+def additivity_verdict(found: dict, gained: bool) -> str:
+    """found: the report's factorial; gained: whether any of its lanes is better than the
+    baseline."""
     name = f"{CELL_LANES[-1]} - additive"
     beyond, odds = found["accuracy"][name], found["log_odds"][name]
     if found["seeds"] < 3:
-        return FEW
+        return FEW.format("three")
+    if not gained:
+        return "no verdict: nothing is gained that could add up"
+    if found["least"][name] > POINTS:
+        return "no verdict: the least detectable effect is over 2 points"
     if side(beyond, 0) == side(odds, 0) != 0:
         return "not additive"
-    return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else "not decided here"
+    return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else claims.OPEN
+
+
+def additivity_claim(report: dict) -> str:
+    found, name = report["factorial"], f"{CELL_LANES[-1]} - additive"
+    there = by_pair(report["differences"])
+    gained = any(side(there[lane, "baseline"]["over_seeds"], 0) > 0 for lane in CELL_LANES[1:])
+    least = f" (least effect {100 * found['least'][name]:.1f})" if "least" in found else ""
+    return (f"C4, adding up: {additivity_verdict(found, gained)}. {name} "
+            f"{span(found['accuracy'][name], 100)} points{least}")
 
 
 def all_claims(report: dict) -> list[str]:
-    found = {(each["lane"], each["minus"]): each for each in report["differences"]}
-    lines = [line for line in report["across"]["verdicts"] if ", baseline:" in line] or [
-        "C1, C2: not decided here (too few seeds of the baseline)"]
-    for lane in CELL_LANES[1:]:
-        if (lane, "baseline") in found and (lane, "deeper") in found:
-            gain, beyond = (side(found[lane, other]["interval"], 0)
-                            for other in ("baseline", "deeper"))
-            verdict = decide(gain > 0 and beyond > 0, beyond < 0)
-            lines.append(f"C4, {lane}: {verdict if found[lane, 'deeper']['seeds'] >= 3 else FEW}")
+    lines = pressure_claims(report["differences"]) + [help_claim(row) for row in report["helps"]]
     if report["factorial"]:
-        lines.append(f"C4, adding up: {additivity_verdict(report['factorial'])}")
-    return lines
+        lines.append(additivity_claim(report))
+    for name, each in report["regimes"].items():
+        rho = each["correlations"].get("phi - theta")
+        lines.append(f"description, no verdict: rho(purity, accuracy) {span(rho, 1, 2)} over "
+                     f"{each['models']} models of {each['settings']} weights of the {name}")
+    return lines or ["no claim: no two lanes that one is about"]
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -475,16 +617,24 @@ n: seeds. accuracy: the reader's on {images}, mean ± sd over seeds. gap: accura
 best of k-NN and nearest mean on phi - theta, an image's weights less the shared anchor. PSNR: dB,
 of the pixels drawn. purity: share of an image's 10 nearest {images} in phi - theta that
 have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, bias column
-exchanged between images. k par.: 1,000 parameters. MFLOP: a training step, an image. s: training,
-the median epoch times epochs."""
+exchanged between images in the input of the reader's blocks alone; branch: the branch's input
+exchanged alone."""
+COSTS = """\
+k par.: 1,000 parameters. MFLOP: a training step, an image. cost: FLOPs of training, the baseline's
+are 1. s: training, the median epoch times epochs."""
 DIFFERENCES = """\
-Paired by seed: [95% t interval over n seeds]; with n = 1 [95% over {images}]. Not corrected
+Accuracy, points, paired by seed; over n seeds, and over {images} of one seed: these are
+intervals of different things. baseline@: the baseline trained for the lane's compute. Not corrected
 for their number."""
 ABOUT = """\
-C1: the weights do not cluster by class as well as the reader reads them. C2: classes come apart
-late in the reader. C4: route, bias, dense help more than deeper and do not add up: supported if
-lane - baseline and lane - deeper are above 0, refuted if lane - deeper is below; not additive if
-all three - additive is on one side of 0 in accuracy and in log-odds, additive within 2 points."""
+C1c, pressure to cluster does not help: supported if purity rises and accuracy falls against
+baseline64, and falls below that of the same loss with fixed random labels, which is the price of
+any second loss; refuted if both rise. C4, acting on the diagnosis helps: supported if the lane has
+more than the baseline and than the baseline of its compute (bias: also than column, column-random),
+p (of lane - baseline, after Holm's correction over lanes) < 0.05; refuted if it has less than both.
+deeper: what capacity alone buys. Adding up: not additive if all three - additive is on one side of
+0 in accuracy and in log-odds, additive within 2 points. Least effect: what these seeds show in 80%
+of repeats. What C1 to C3 are of a run diagnostics.py says."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
 differences; a+b - additive: the joined lane less baseline and gains of its single lanes."""
@@ -504,23 +654,39 @@ def lane_table(rows: list[dict]) -> str:
     table = []
     for row in rows:
         accuracy = " ± ".join(f"{100 * x:.1f}" for x in row["reader"] if x is not None)
-        gap, near, lost = (f"{100 * row[key][0]:.1f}" for key in ("gap", "last_knn10", "lost"))
+        gap, near, lost, branch = (claims.percent(row[key][0]) for key in
+                                   ("gap", "last_knn10", "lost", "lost_branch"))
         table.append([row["lane"], str(row["n"]), accuracy, gap, f"{row['psnr'][0]:.1f}",
-                      f"{row['purity'][0]:.3f}", near, lost, f"{row['parameters'] / 1000:.0f}",
-                      f"{1000 * row['gflop_per_image']:.0f}", f"{row['seconds'][0]:.0f}"])
-    return markdown("lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|k par.|MFLOP|s".split("|"), table)
+                      f"{row['purity'][0]:.3f}", near, lost, branch])
+    return markdown("lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|branch".split("|"), table)
+
+
+def cost_table(rows: list[dict]) -> str:
+    cost = {row["lane"]: row["gflop_per_image"] * row["epochs"] for row in rows}
+    usual = cost.get("baseline")
+    return markdown("lane|k par.|MFLOP|epochs|cost|s".split("|"), [
+        [row["lane"], f"{row['parameters'] / 1000:.0f}", f"{1000 * row['gflop_per_image']:.0f}",
+         f"{row['epochs']:g}", f"{cost[row['lane']] / usual:.3f}" if usual else "",
+         f"{row['seconds'][0]:.0f}"] for row in rows])
 
 
 def difference_table(found: list[dict]) -> str:
-    return markdown(["difference", "n", "accuracy, points", "purity"], [
-        [f"{each['lane']} - {each['minus']}", str(each["seeds"]), span(each["interval"], 100),
-         span(each["purity"], 1, 3)] for each in found])
+    first, rows = min((each["image_seed"] for each in found), default=0), []
+    for each in found:
+        minus = MATCHED if each["minus"].startswith(MATCHED) else each["minus"]
+        seed = "" if each["image_seed"] == first else f" seed {each['image_seed']}"
+        over_seeds = span(each["over_seeds"], 100) if each["over_seeds"] else ""
+        rows.append([f"{each['lane']} - {minus}", str(each["seeds"]), over_seeds,
+                     span(each["over_images"], 100) + seed])
+    return markdown(["difference", "n", "over seeds [95% t]",
+                     f"over images [95% bootstrap], seed {first}"], rows)
 
 
 def factorial_table(found: dict) -> str:
-    return markdown(["", "accuracy, points", "log-odds"], [
-        [name, span(interval, 100), span(found["log_odds"][name], 1, 3)]
-        for name, interval in found["accuracy"].items()])
+    over = f"{found['seeds']} seeds" if found["seeds"] > 1 else "images, one seed"
+    return markdown(["", f"accuracy, points, over {over}", "least effect", "log-odds"], [
+        [name, span(interval, 100), claims.percent(found.get("least", {}).get(name)),
+         span(found["log_odds"][name], 1, 3)] for name, interval in found["accuracy"].items()])
 
 
 def command_of(run: dict) -> str:
@@ -539,6 +705,7 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
     lines = all_claims(report)
     images = "held-out training images" if base.val else "test images"
     tables = [lane_table(report["lanes"]), LANES_TABLE.format(images=images),
+              cost_table(report["lanes"]), COSTS,
               difference_table(report["differences"]), DIFFERENCES.format(images=images)]
     drawn = [name for name, draw in FIGURES.items() if draw(folder / name, report, images)]
     text = [f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
@@ -551,10 +718,12 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
         text += ["## Do gains add up", FACTORIAL, factorial_table(report["factorial"])]
     text += ["## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```"]
     for lane in found:
-        what = " and ".join(LANES[part][0] for part in lane.split("+"))
+        plain = lane.removeprefix(MATCHED)
+        what = " and ".join(LANES[part][0] for part in plain.split("+"))
+        what = f"the baseline for the compute of {plain}" if lane != plain else what
         text.append("\n".join([f"# {lane}: {what}", *map(command_of, found[lane])]))
     (folder / "report.md").write_text("\n\n".join([*text, "```"]) + "\n")
-    kept = [{key: run[key] for key in ("lane", "seed", *MEASURED)} | {"command": command_of(run)}
+    kept = [{key: run[key] for key in ("lane", "seed", *AVERAGED)} | {"command": command_of(run)}
             for run in runs.values()]
     write_json(folder / "report.json", {"flags": vars(base), "missing": missing, "claims": lines,
                                         **report, "runs": kept})
@@ -572,7 +741,8 @@ def sweep_parser() -> Parser:
                description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                allow_abbrev=False)
     p.add_argument("--lanes", nargs="+", metavar="LANE",
-                   help=f"all (default), or some of {', '.join(LANES)}, or some joined by +")
+                   help=f"all (default), or some of {', '.join(LANES)}, or some joined by +; "
+                        f"{MATCHED}LANE: the baseline for a lane's compute")
     p.add_argument("--seeds", type=whole(1), help="so many, from --seed on (default 3)")
     p.add_argument("--report-only", action="store_true", help="report what is in --out")
     p.add_argument("--out", required=True, help="folder of the sweep")
@@ -633,7 +803,8 @@ def run(argv: list[str] | None):
         if sweep is None or set(given) != {"out", "report_only"}:
             raise InputError("--report-only takes --out alone, the folder of a sweep")
     else:
-        every = [*LANES, *CELL_LANES] if "all" in lanes else []
+        every = [*LANES, *CELL_LANES, *(MATCHED + lane for lane in JUDGED)]
+        every = every if "all" in lanes else []
         lanes = with_baselines([*every, *(lane for lane in lanes if lane != "all")])
         sweep = open_sweep(folder, given)
         seeds = range(sweep.base.seed, sweep.base.seed + given.get("seeds", 3))
