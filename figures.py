@@ -398,7 +398,7 @@ def lanes_figure(path: Path, report: dict, images: str) -> bool:
             dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})", each[over],
                          "C1s" if "@" in each["minus"] else "C0o") for each in rows])
             what = "n seeds" if over == "over_seeds" else f"{images} of one seed"
-            label(axis, f"Intervals over {what} (square: less the baseline of its compute)",
+            label(axis, f"Intervals over {what}\nsquare: less the baseline of its compute",
                   "difference of accuracy (points; bars: 95%)")
         figure.savefig(path)
     return bool(groups)
@@ -409,7 +409,7 @@ def clusters_figure(path: Path, report: dict, images: str) -> bool:
     series = []
     for key, loss, without, prefix in (
             ("w_task", "class loss", ("baseline", "wt"), "task"),
-            ("w_cluster", "contrastive loss (random labels: hollow)", ("baseline64",), "cluster")):
+            ("w_cluster", "contrastive loss\nhollow: random labels", ("baseline64",), "cluster")):
         rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
             row["lane"] in without or row["lane"].startswith(prefix))]
         if len(rows) > 1:
@@ -450,8 +450,8 @@ def population_figure(path: Path, report: dict, images: str) -> bool:
         figure, (axis,) = canvas(1, 1, 8, 4.8)
         curves(axis, points)
         axis.axhline(0, color="black", linewidth=0.8)
-        label(axis, "Does purity go with accuracy? Description, no verdict: near the head\n"
-              "purity restates accuracy (weights below 5: no bars)", "stage (mean token)",
+        label(axis, "Does purity go with accuracy? No claim: near the head\n"
+              "purity restates accuracy (below 5 weights no bars)", "stage (mean token)",
               "Spearman's rho of purity and accuracy (bars: 95%)", True)
         figure.savefig(path)
     return bool(points)

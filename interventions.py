@@ -36,7 +36,7 @@ import figures
 import train
 from bench import count_flops
 from checkpoint import InputError, Stop, exits, generator, model_from, read_checkpoint, seeded
-from claims import POINTS, fold, side, span
+from claims import POINTS, fold, percent, side, span, table
 from data import load_dataset
 from diagnostics import Fitted, accuracy, clustering, coordinate_systems, fit_all, token_flow
 from measures import bootstrap, holm, paired_bootstrap, t_interval, t_quantile, t_test
@@ -47,15 +47,14 @@ from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment,
 # ---- Lanes ---------------------------------------------------------------------------------------
 #
 # A lane changes one thing; lanes joined by + change several. Each is compared with the baseline and
-# with what could explain its gain away: more compute (`baseline@LANE`: the baseline trained for as
-# many steps as cost the lane's FLOPs, on a schedule of its own), another column (`column` and
-# `column-random` of `bias`), no mean colour (`centred` of `colour`). `deeper` says what capacity
-# alone buys. The contrastive lanes need pairs of a class in a batch, so theirs is `baseline64`;
-# `cluster-random1` has the price of the second loss without its classes.
+# with what could explain its gain away: more compute (`baseline@LANE`, the baseline trained for as
+# many steps as cost the lane's FLOPs), another column (`column` and `column-random` of `bias`), the
+# mean colour gone (`centred` of `colour`), a second loss whatever its labels (`cluster-random1`).
+# `deeper` says what capacity buys. A contrastive loss needs batches with pairs: `baseline64`.
 
 TASK = "another weight of the class loss"
 CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
-RANDOM = "the same loss with random labels, fixed for the run"
+RANDOM = CLUSTER + " with random labels, fixed for the run"
 LANES = {              # name: what changes, in words, in flags; None: `Sweep.change` has it
     "baseline": ("shared-anchor MWT", {}),
     "wt": ("no class loss for the INR", {"w_task": 0.0}),
@@ -72,22 +71,21 @@ LANES = {              # name: what changes, in words, in flags; None: `Sweep.ch
     "colour": ("centred, with the mean colour through a branch like bias's",
                {"centre_colour": True, "branch": "colour"}),
     "dense": ("four more inner steps, on all pixels", None),
-    "deeper": ("capacity control: a deeper reader", None)}
+    "deeper": ("a reader so deep that a step costs twice", None)}
 FACTORS = ("route", "bias", "dense")
 CELLS = list(itertools.product((0, 1), repeat=3))      # which are on
 CELL_LANES = ["+".join(itertools.compress(FACTORS, cell)) or "baseline" for cell in CELLS]
 JUDGED = [*CELL_LANES[1:], "column", "column-random", "deeper"]           # by C4
 MATCHED = "baseline@"
-PRESSED = [lane for lane in LANES if lane.startswith("cluster") and "random" not in lane]
-REGIMES = {            # lanes of one architecture that differ in the weight of one loss
-    "class loss": ["baseline", "wt", *(lane for lane in LANES if lane.startswith("task"))],
+PRESSED = ["cluster0.01", "cluster0.1", "cluster1"]
+REGIMES = {            # one architecture and batch size, one loss of several weights
+    "class loss": ["baseline", "wt", "task0.001", "task0.1", "task1", "task10"],
     "contrastive loss": ["baseline64", *PRESSED],
     "contrastive loss, random labels": ["baseline64", "cluster-random0.1", "cluster-random1"]}
 
 
 def place(lane: str) -> tuple:
-    """Where a lane stands in a table: as in LANES, joined ones at the end, each before the baseline
-    of its compute."""
+    """Where a lane stands in a table: as in LANES, then joined ones; each before its compute's."""
     plain = lane.removeprefix(MATCHED)
     return plain.count("+"), [list(LANES).index(part) for part in plain.split("+")], lane != plain
 
@@ -99,10 +97,9 @@ def rivals(lane: str) -> list[str]:
         found.append(MATCHED + lane)
     if lane.startswith("task"):
         found.append("wt")
-    control = lane.replace("cluster", "cluster-random")
-    if lane in PRESSED and control in LANES:
-        found.append(control)
-    return found + {"bias": ["column", "column-random"], "colour": ["centred"]}.get(lane, [])
+    return found + {"bias": ["column", "column-random"], "colour": ["centred"],
+                    "cluster0.1": ["cluster-random0.1"], "cluster1": ["cluster-random1"]
+                    }.get(lane, [])
 
 
 def with_baselines(lanes: list[str]) -> list[str]:
@@ -111,8 +108,8 @@ def with_baselines(lanes: list[str]) -> list[str]:
     for lane in lanes:
         plain = lane.removeprefix(MATCHED)
         if not set(plain.split("+")) <= set(LANES):
-            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, joined by +, and "
-                             f"{MATCHED} before one")
+            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, and joined by +, and "
+                             "all of them after baseline@")
         plain = "+".join(sorted(plain.split("+"), key=place))
         found |= {MATCHED + plain} if lane.startswith(MATCHED) else {plain, rivals(plain)[0]}
     return sorted(found, key=place)
@@ -133,7 +130,7 @@ def cost(args, facts) -> tuple[int, float]:
 FORMAT = {"format": "routed-inr sweep", "version": 1}
 NAME = re.compile(r"(.+)-seed(\d+)(-[0-9a-f]{8})?\.diagnosis\.json")   # older ones end in a hash
 MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "seconds")
-AVERAGED = (*MEASURED, "lost_branch")          # which the first runs do not have
+AVERAGED = (*MEASURED, "lost_branch")          # the first runs lack this
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Sweep:
     base: argparse.Namespace       # settings
     threads: int                   # of every run, since rounding depends on it
     facts: list                    # channels, class names, number of training images
-    flops: dict = field(default_factory=dict)      # of lanes, an image, once counted
+    flops: dict = field(default_factory=dict)      # an image, of lanes, once counted
 
     def change(self, part: str, seed: int, highest_column: int | None = None) -> dict:
         """The flags that a part of a lane changes."""
@@ -162,7 +159,7 @@ class Sweep:
         return change
 
     def matched_epochs(self, lane: str) -> float:
-        """Of the baseline, such that training costs what the lane's does, to a hundredth."""
+        """Of the baseline, for what the lane's training costs."""
         for name in (lane, "baseline"):
             if name not in self.flops:
                 args = self.args(name, 0, {("baseline", 0): {"highest_column": 0}})
@@ -171,21 +168,11 @@ class Sweep:
 
     @functools.cached_property
     def depth(self) -> int:
-        """Of the lane deeper: the least with which the model has the parameters of the dearest
-        single lane and a quarter more FLOPs, since the inner loop's FLOPs take longer. Every block
-        adds the same. InputError: a depth that nobody would train."""
+        """Of the lane deeper: a step costs about twice the baseline's, every block the same."""
         has = self.base.reader_depth
-        changes = [{}, {"reader_depth": has + 1},
-                   *(self.change(lane, 0) for lane in ("route", "bias", "colour", "dense"))]
-        now, one_more, *lanes = (cost(argparse.Namespace(**vars(self.base) | change), self.facts)
-                                 for change in changes)
-        parameters, flops = map(max, zip(*lanes))
-        more = max(0, math.ceil((parameters - now[0]) / (one_more[0] - now[0])),
-                   math.ceil((1.25 * flops - now[1]) / (one_more[1] - now[1])))
-        if more >= 50:
-            raise InputError(f"--lanes deeper: takes {more} more blocks to cost what dense does; "
-                             "leave it out")
-        return has + more
+        now, one_more = (cost(argparse.Namespace(**vars(self.base) | {"reader_depth": depth}),
+                              self.facts)[1] for depth in (has, has + 1))
+        return has + round(now / (one_more - now))
 
     def args(self, lane: str, seed: int, runs: dict) -> argparse.Namespace:
         """The settings of a run. runs: those that are there, for the baseline's column."""
@@ -301,12 +288,12 @@ def make(args) -> str:
 
 
 def copied(args, runs: dict) -> bool:
-    """Whether another lane's run was the same, and stands now for this one: the baseline of the
-    same compute of two lanes that cost the same."""
+    """Whether another lane's run is the same, as those of the compute of two lanes that cost the
+    same; if so, its diagnosis stands for this one's."""
     for run in runs.values():
         if claims.key_of(run["training"]) == claims.key_of(vars(args)):
-            write_json(Path(args.out).with_suffix(".diagnosis.json"), run | {
-                "name": Path(args.out).stem, "training": vars(args)})
+            same = run | {"name": Path(args.out).stem, "training": vars(args)}
+            write_json(Path(args.out).with_suffix(".diagnosis.json"), same)
             return True
     return False
 
@@ -343,12 +330,12 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
 # ---- Its diagnosis -------------------------------------------------------------------------------
 #
 # On the test images: the model's own predictions, geometry of the weights and of every stage of the
-# reader (diagnostics.py), and what exchanging the bias column between images costs: in the input of
-# the reader's blocks alone, and of its branch, whatever that takes, alone.
+# reader (diagnostics.py), and the cost of other images' bias columns in the input of the reader's
+# blocks alone, and of another image's input to its branch alone.
 
 def predictions(model, fits: Fitted, donor=None, branch_donor=None) -> Tensor:
-    """The model's own (n,), its branch included; donor: images (n,) whose bias column the reader's
-    blocks see instead, branch_donor: images whose column or colour the branch sees instead."""
+    """The model's own (n,); donor: images (n,) whose bias column the blocks see instead,
+    branch_donor: images whose column or colour the branch sees instead."""
     reader, found = model.reader, []
     for rows in torch.arange(len(fits.labels)).split(BLOCK):
         seen = rows if branch_donor is None else branch_donor[rows]
@@ -377,13 +364,14 @@ def diagnose(args) -> dict:
                           probes=False)
     flow = token_flow(model.trace, [untrained.trace], bank, queries, model.reader, flattened=False,
                       probes=False)
-    others = [donors(labels, "any", repeat, 0) for repeat in range(5)]
-    reader, lost = accuracy(guesses, labels), {}
-    for key, where in (("lost", "donor"), ("lost_branch", "branch_donor")):
-        lost[key] = reader - statistics.fmean(
-            accuracy(predictions(model, queries, **{where: other}), labels) for other in others)
-    if getattr(model.reader, "branch", None) is None:
-        lost["lost_branch"] = None
+    reader, others = accuracy(guesses, labels), [donors(labels, "any", r, 0) for r in range(5)]
+
+    def lost(**exchanged):
+        return reader - accuracy(predictions(model, queries, **exchanged), labels)
+    in_blocks = statistics.fmean(lost(donor=other) for other in others)
+    in_branch = None
+    if getattr(model.reader, "branch", None) is not None:
+        in_branch = statistics.fmean(lost(branch_donor=other) for other in others)
     parameters, flops = cost(args, content["data"])
     seconds = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
     return {"name": Path(args.out).stem, "training": vars(args), "reader": reader,
@@ -391,17 +379,22 @@ def diagnose(args) -> dict:
             "psnr": content["metrics"]["test_psnr"],
             "seconds": args.epochs * statistics.median(seconds), "parameters": parameters,
             "gflop_per_image": flops / 1e9, "purity": geometry["purity"],
-            "gap": geometry["G"]["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"], **lost,
+            "gap": geometry["G"]["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"],
+            "lost": in_blocks, "lost_branch": in_branch,
             "highest_column": int(bank.tokens[..., :-1].var(0).sum(0).argmax()),
             "experiments": {"clustering": geometry, "token-flow": flow}, **environment(device)}
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 #
-# Lanes are compared by seed: a t interval over seeds, from two on, and beside it, never in its
-# place, a paired bootstrap over images of the first seed. The least detectable effect is the gain
-# that a test at 5% of so many seeds would find in 80% of repeats. The factors alone and joined are a 2^3 factorial design, in accuracy and in log-odds, since on a
-# bounded scale equal gains shrink near its ends: an interaction counts only if both scales show it.
+# Lanes are compared by seed: a t interval over seeds, and beside it, never in its place, a paired
+# bootstrap over the images of the first seed. The least detectable effect: the gain that so many
+# seeds, spread like these, show in 80% of repeats at 5%. The factors alone and joined are a 2^3
+# factorial design, in accuracy and in log-odds, since on a bounded scale equal gains shrink near its
+# ends: an interaction counts only if both scales show it.
+
+SCALES = ("accuracy", "log_odds")
+
 
 def contrasts() -> dict[str, Tensor]:
     """What is asked of the cells, as coefficients (8,). A main effect: the mean with a factor less
@@ -449,9 +442,9 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
     if not seeds:
         return None
     right = torch.stack([torch.stack([hits(cell[seed]) for cell in cells]) for seed in seeds])
+    scales = torch.clone, functools.partial(log_odds, n=right.shape[2])
     result = {"seeds": len(seeds)}
-    for name, scale in (("accuracy", torch.clone),
-                        ("log_odds", functools.partial(log_odds, n=right.shape[2]))):
+    for name, scale in zip(SCALES, scales):
         if len(seeds) > 1:
             result[name] = over_seeds(scale(right.mean(2)).T)
         else:
@@ -459,8 +452,8 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
                             for asked, c in contrasts().items()}
     if len(seeds) > 1:
         freedom = 7 * (len(seeds) - 1)
-        result["least"] = {asked: (high - value) * (1 + t_quantile(freedom, 0.8)
-                                                    / t_quantile(freedom))
+        factor = 1 + t_quantile(freedom, 0.8) / t_quantile(freedom)
+        result["least"] = {asked: factor * (high - value)
                            for asked, (value, _, high) in result["accuracy"].items()}
     return result
 
@@ -471,15 +464,14 @@ def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | No
     if not pairs or lane == other:
         return None
     reader, purity = ([a[key] - b[key] for a, b in pairs] for key in ("reader", "purity"))
-    several = len(pairs) > 1
-    return {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
-            "least": detectable(reader) if several else None,
-            "p": t_test(reader) if several else None, "purity": t_interval(purity),
-            "over_images": paired_bootstrap(*map(hits, pairs[0])), "image_seed": pairs[0][0]["seed"]}
+    found = {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
+             "purity": t_interval(purity), "image_seed": pairs[0][0]["seed"],
+             "over_images": paired_bootstrap(*map(hits, pairs[0]))}
+    return found | ({"least": detectable(reader), "p": t_test(reader)} if pairs[1:] else {})
 
 
 def detectable(gains: list[float]) -> float:
-    """The least mean gain that so many seeds as spread as these show, at 5% with a power of 80%."""
+    """The least detectable effect."""
     freedom = len(gains) - 1
     quantiles = t_quantile(freedom) + t_quantile(freedom, 0.8)
     return quantiles * statistics.stdev(gains) / math.sqrt(len(gains))
@@ -498,15 +490,14 @@ def lane_row(lane: str, runs: list[dict]) -> dict:
 
 
 def regimes(found: dict[str, list[dict]]) -> dict:
-    """Description: over the models that differ in the weight of one loss alone, the rank
-    correlation of purity and accuracy, at phi - theta and by stage of the reader."""
+    """Description: the rank correlation of purity and accuracy over the models of a regime."""
     result = {}
     for name, lanes in REGIMES.items():
         runs = [run for lane in lanes for run in found.get(lane, [])]
-        if runs:
-            across = claims.across(runs)
+        across = claims.across(runs) if runs else {"correlations": {}}
+        if across["correlations"]:
             result[name] = {key: across[key] for key in ("models", "settings", "correlations")}
-    return {name: each for name, each in result.items() if each["correlations"]}
+    return result
 
 
 def summarise(found: dict[str, list[dict]]) -> dict:
@@ -520,10 +511,10 @@ def summarise(found: dict[str, list[dict]]) -> dict:
 
 # ---- Claims --------------------------------------------------------------------------------------
 #
-# C1c and C4 by the rules of claims.py, over seeds. What C1 to C3 are of the baseline or of any other
-# run, diagnostics.py says.
+# C1c and C4, over seeds. What C1 to C3 are of the baseline or any other run diagnostics.py says.
 
 FEW = "not decided here (fewer than {} seeds)"
+ALL = CELL_LANES[-1] + " - additive"
 
 
 def by_pair(differences: list[dict]) -> dict[tuple[str, str], dict]:
@@ -531,10 +522,10 @@ def by_pair(differences: list[dict]) -> dict[tuple[str, str], dict]:
 
 
 def judge(differences: list[dict]) -> list[dict]:
-    """C4, of each lane it judges: what it has over each rival, by name, and the verdict. p is of
-    lane - baseline, after Holm's correction over all lanes that have five seeds."""
+    """C4 of each lane: what it has over its rivals, p of lane - baseline after Holm's correction
+    over the lanes with five seeds, the verdict."""
     rows, there = [], by_pair(differences)
-    for lane in JUDGED:
+    for lane in sorted(JUDGED, key=place):
         if (lane, "baseline") in there:
             over = {other: there.get((lane, other)) for other in rivals(lane)}
             seeds = min(each["seeds"] if each else 0 for each in over.values())
@@ -549,65 +540,57 @@ def judge(differences: list[dict]) -> list[dict]:
 
 
 def help_claim(row: dict) -> str:
-    gains = [f"{other} not run" if each is None else f"{other} {span(each['over_seeds'], 100)}"
-             + (f" (least effect {100 * each['least']:.1f})" if each["least"] is not None else "")
-             for other, each in row["over"].items()]
-    p = "" if row["p"] is None else f"; p {row['p']:.3f}"
-    return (f"C4, {row['lane']}: {row['verdict']}. Accuracy, points over seeds, less that of "
-            f"{', of '.join(gains)}{p}")
+    gains = [f"over {other} {span(each['over_seeds'], 100)} (least {percent(each['least'])})"
+             for other, each in row["over"].items() if each and each["over_seeds"]]
+    gains += [f"p {row['p']:.3f}"] if row["p"] is not None else []
+    missing = ", ".join(other for other, each in row["over"].items() if not each)
+    more = [f". Points {', '.join(gains)}"] * bool(gains) + [f". Not run: {missing}"] * bool(missing)
+    return f"C4, {row['lane']}: {row['verdict']}{''.join(more)}"
 
 
 def pressure_claims(differences: list[dict]) -> list[str]:
-    """C1c, of each contrastive lane."""
+    """C1c of each contrastive lane."""
     lines, there = [], by_pair(differences)
     for lane in PRESSED:
-        plain = there.get((lane, "baseline64"))
-        control = there.get((lane, lane.replace("cluster", "cluster-random")))
-        if plain:
-            beyond = control["over_seeds"] if control and control["seeds"] >= 3 else None
-            verdict = FEW.format("three") if plain["seeds"] < 3 else claims.pressure_verdict(
-                plain["purity"], plain["over_seeds"], beyond)
-            lines.append(f"C1c, {lane}: {verdict}. Less baseline64, over {plain['seeds']} seeds: "
-                         f"purity {span(plain['purity'], 1, 3)}, accuracy "
-                         f"{span(plain['over_seeds'], 100)} points; less the same loss with random "
-                         f"labels: accuracy {span(beyond, 100)}")
+        if plain := there.get((lane, "baseline64")):
+            random = there.get((lane, lane.replace("cluster", "cluster-random")))
+            beyond = random["over_seeds"] if random and random["seeds"] >= 3 else None
+            purity, accuracy = plain["purity"], plain["over_seeds"]
+            verdict = claims.pressure_verdict(purity, accuracy, beyond)
+            lines.append(f"C1c, {lane}: " + (FEW.format("three") if plain["seeds"] < 3 else (
+                f"{verdict}. Less baseline64: purity {span(purity, 1, 3)}, accuracy "
+                f"{span(accuracy, 100)}; less random labels: accuracy {span(beyond, 100)}")))
     return lines
 
 
 def additivity_verdict(found: dict, gained: bool) -> str:
-    """found: the report's factorial; gained: whether any of its lanes is better than the
-    baseline."""
-    name = f"{CELL_LANES[-1]} - additive"
-    beyond, odds = found["accuracy"][name], found["log_odds"][name]
+    """found: the report's factorial; gained: whether any of its lanes beats the baseline."""
+    beyond, sides = found["accuracy"][ALL], {side(found[scale][ALL], 0) for scale in SCALES}
     if found["seeds"] < 3:
         return FEW.format("three")
     if not gained:
         return "no verdict: nothing is gained that could add up"
-    if found["least"][name] > POINTS:
-        return "no verdict: the least detectable effect is over 2 points"
-    if side(beyond, 0) == side(odds, 0) != 0:
+    if found["least"][ALL] > POINTS:
+        return "no verdict: the least effect that could be seen is over 2 points"
+    if sides in ({1}, {-1}):
         return "not additive"
     return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else claims.OPEN
 
 
-def additivity_claim(report: dict) -> str:
-    found, name = report["factorial"], f"{CELL_LANES[-1]} - additive"
-    there = by_pair(report["differences"])
-    gained = any(side(there[lane, "baseline"]["over_seeds"], 0) > 0 for lane in CELL_LANES[1:])
-    least = f" (least effect {100 * found['least'][name]:.1f})" if "least" in found else ""
-    return (f"C4, adding up: {additivity_verdict(found, gained)}. {name} "
-            f"{span(found['accuracy'][name], 100)} points{least}")
-
-
 def all_claims(report: dict) -> list[str]:
     lines = pressure_claims(report["differences"]) + [help_claim(row) for row in report["helps"]]
-    if report["factorial"]:
-        lines.append(additivity_claim(report))
+    if found := report["factorial"]:
+        there = by_pair(report["differences"])
+        gained = any(side(there[lane, "baseline"]["over_seeds"], 0) > 0 for lane in CELL_LANES[1:])
+        lines.append(f"C4, adding up: {additivity_verdict(found, gained)}. {ALL} "
+                     f"{span(found['accuracy'][ALL], 100)} points")
+        if "least" in found:
+            lines[-1] += f" (least effect {percent(found['least'][ALL])})"
     for name, each in report["regimes"].items():
         rho = each["correlations"].get("phi - theta")
-        lines.append(f"description, no verdict: rho(purity, accuracy) {span(rho, 1, 2)} over "
-                     f"{each['models']} models of {each['settings']} weights of the {name}")
-    return lines or ["no claim: no two lanes that one is about"]
+        lines.append(f"no claim: rho(purity, accuracy) {span(rho, 1, 2)} over {each['models']} "
+                     f"models, {each['settings']} weights of the {name}")
+    return lines
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -616,25 +599,20 @@ LANES_TABLE = """\
 n: seeds. accuracy: the reader's on {images}, mean ± sd over seeds. gap: accuracy less the
 best of k-NN and nearest mean on phi - theta, an image's weights less the shared anchor. PSNR: dB,
 of the pixels drawn. purity: share of an image's 10 nearest {images} in phi - theta that
-have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, bias column
-exchanged between images in the input of the reader's blocks alone; branch: the branch's input
-exchanged alone."""
-COSTS = """\
-k par.: 1,000 parameters. MFLOP: a training step, an image. cost: FLOPs of training, the baseline's
-are 1. s: training, the median epoch times epochs."""
+have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, another image's
+bias column in the input of the reader's blocks alone; branch: another's input of the branch alone.
+k par.: 1,000 parameters. cost: FLOPs of training over the baseline's."""
 DIFFERENCES = """\
-Accuracy, points, paired by seed; over n seeds, and over {images} of one seed: these are
-intervals of different things. baseline@: the baseline trained for the lane's compute. Not corrected
-for their number."""
+Points of accuracy, paired by seed; seeds and {images} vary differently. baseline@: the
+baseline trained for the lane's compute. Not corrected for their number."""
 ABOUT = """\
-C1c, pressure to cluster does not help: supported if purity rises and accuracy falls against
-baseline64, and falls below that of the same loss with fixed random labels, which is the price of
-any second loss; refuted if both rise. C4, acting on the diagnosis helps: supported if the lane has
-more than the baseline and than the baseline of its compute (bias: also than column, column-random),
-p (of lane - baseline, after Holm's correction over lanes) < 0.05; refuted if it has less than both.
-deeper: what capacity alone buys. Adding up: not additive if all three - additive is on one side of
-0 in accuracy and in log-odds, additive within 2 points. Least effect: what these seeds show in 80%
-of repeats. What C1 to C3 are of a run diagnostics.py says."""
+C1c, pressure to cluster does not help: supported if purity rises and accuracy falls, against
+baseline64, and falls below that with fixed random labels, the price of any second loss; refuted if
+both rise. C4, acting on the diagnosis helps: supported if above the baseline and the baseline of
+the lane's compute (bias: also column, column-random) and p < 0.05 after Holm's correction over
+lanes, refuted if below both; deeper: what capacity alone buys. Adding up: not additive if all three
+- additive is on one side of 0 in accuracy and in log-odds, additive within 2 points. Points, over
+seeds; least: the effect that so many seeds show in 80% of repeats. C1 to C3: see diagnostics.py."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
 differences; a+b - additive: the joined lane less baseline and gains of its single lanes."""
@@ -642,50 +620,36 @@ FIGURES = {"lanes.png": figures.lanes_figure, "clusters.png": figures.clusters_f
            "factorial.png": figures.factorial_figure, "population.png": figures.population_figure}
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table that reads on a terminal too: names, then numbers flush right."""
-    widths = [max(2, *map(len, column)) for column in zip(header, *rows)]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join(" | ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]),
-                                 ""]).strip() for row in (header, rule, *rows))
-
-
 def lane_table(rows: list[dict]) -> str:
-    table = []
+    usual = next((row for row in rows if row["lane"] == "baseline"), rows[0])
+    lines = []
     for row in rows:
-        accuracy = " ± ".join(f"{100 * x:.1f}" for x in row["reader"] if x is not None)
-        gap, near, lost, branch = (claims.percent(row[key][0]) for key in
-                                   ("gap", "last_knn10", "lost", "lost_branch"))
-        table.append([row["lane"], str(row["n"]), accuracy, gap, f"{row['psnr'][0]:.1f}",
-                      f"{row['purity'][0]:.3f}", near, lost, branch])
-    return markdown("lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|branch".split("|"), table)
-
-
-def cost_table(rows: list[dict]) -> str:
-    cost = {row["lane"]: row["gflop_per_image"] * row["epochs"] for row in rows}
-    usual = cost.get("baseline")
-    return markdown("lane|k par.|MFLOP|epochs|cost|s".split("|"), [
-        [row["lane"], f"{row['parameters'] / 1000:.0f}", f"{1000 * row['gflop_per_image']:.0f}",
-         f"{row['epochs']:g}", f"{cost[row['lane']] / usual:.3f}" if usual else "",
-         f"{row['seconds'][0]:.0f}"] for row in rows])
+        cost = (row[key] / usual[key] for key in ("gflop_per_image", "epochs"))
+        lines.append([row["lane"], str(row["n"]),
+                      " ± ".join(percent(x) for x in row["reader"] if x is not None),
+                      percent(row["gap"][0]), f"{row['psnr'][0]:.1f}", f"{row['purity'][0]:.3f}",
+                      *(percent(row[key][0]) for key in ("last_knn10", "lost", "lost_branch")),
+                      f"{row['parameters'] / 1000:.0f}", f"{math.prod(cost):.3f}"])
+    titles = "lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|branch|k par.|cost"
+    return table(titles.split("|"), lines)
 
 
 def difference_table(found: list[dict]) -> str:
-    first, rows = min((each["image_seed"] for each in found), default=0), []
+    first, lines = min((each["image_seed"] for each in found), default=0), []
     for each in found:
         minus = MATCHED if each["minus"].startswith(MATCHED) else each["minus"]
-        seed = "" if each["image_seed"] == first else f" seed {each['image_seed']}"
-        over_seeds = span(each["over_seeds"], 100) if each["over_seeds"] else ""
-        rows.append([f"{each['lane']} - {minus}", str(each["seeds"]), over_seeds,
-                     span(each["over_images"], 100) + seed])
-    return markdown(["difference", "n", "over seeds [95% t]",
-                     f"over images [95% bootstrap], seed {first}"], rows)
+        other_seed = "" if each["image_seed"] == first else f" seed {each['image_seed']}"
+        lines.append([f"{each['lane']} - {minus}", str(each["seeds"]),
+                      span(each["over_seeds"], 100) if each["over_seeds"] else "",
+                      span(each["over_images"], 100) + other_seed])
+    return table(["difference", "n", "over seeds [95% t]",
+                  f"over images [95% bootstrap], seed {first}"], lines)
 
 
 def factorial_table(found: dict) -> str:
     over = f"{found['seeds']} seeds" if found["seeds"] > 1 else "images, one seed"
-    return markdown(["", f"accuracy, points, over {over}", "least effect", "log-odds"], [
-        [name, span(interval, 100), claims.percent(found.get("least", {}).get(name)),
+    return table(["", f"accuracy, points, over {over}", "least effect", "log-odds"], [
+        [name, span(interval, 100), percent(found.get("least", {}).get(name)),
          span(found["log_odds"][name], 1, 3)] for name, interval in found["accuracy"].items()])
 
 
@@ -705,17 +669,16 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
     lines = all_claims(report)
     images = "held-out training images" if base.val else "test images"
     tables = [lane_table(report["lanes"]), LANES_TABLE.format(images=images),
-              cost_table(report["lanes"]), COSTS,
               difference_table(report["differences"]), DIFFERENCES.format(images=images)]
     drawn = [name for name, draw in FIGURES.items() if draw(folder / name, report, images)]
     text = [f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
             f"{len(runs)} runs of {len(found)} lanes, seeds {', '.join(map(str, seeds))}; "
             f"{len(one['right'])} {images}; {one['device']}.",
             *(f"Not finished: {name}: {why}." for name, why in missing.items()),
-            *tables, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
+            "```", *tables, "```", "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
             *(f"![{name}]({name})" for name in drawn)]
     if report["factorial"]:
-        text += ["## Do gains add up", FACTORIAL, factorial_table(report["factorial"])]
+        text += ["## Do gains add up", FACTORIAL, "```", factorial_table(report["factorial"]), "```"]
     text += ["## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```"]
     for lane in found:
         plain = lane.removeprefix(MATCHED)
