@@ -164,7 +164,8 @@ class Sweep:
             if name not in self.flops:
                 args = self.args(name, 0, {("baseline", 0): {"highest_column": 0}})
                 self.flops[name] = cost(args, self.facts)[1]
-        return epochs(str(round(self.base.epochs * self.flops[lane] / self.flops["baseline"], 2)))
+        times = self.flops[lane] / self.flops["baseline"]
+        return epochs(str(max(1, round(self.base.epochs * times, 2))))
 
     @functools.cached_property
     def depth(self) -> int:
@@ -390,11 +391,8 @@ def diagnose(args) -> dict:
 # Lanes are compared by seed: a t interval over seeds, and beside it, never in its place, a paired
 # bootstrap over the images of the first seed. The least detectable effect: the gain that so many
 # seeds, spread like these, show in 80% of repeats at 5%. The factors alone and joined are a 2^3
-# factorial design, in accuracy and in log-odds, since on a bounded scale equal gains shrink near its
-# ends: an interaction counts only if both scales show it.
-
-SCALES = ("accuracy", "log_odds")
-
+# factorial design, in accuracy and in log-odds, since on a bounded scale equal gains shrink near
+# its ends: an interaction counts only if both scales show it.
 
 def contrasts() -> dict[str, Tensor]:
     """What is asked of the cells, as coefficients (8,). A main effect: the mean with a factor less
@@ -442,19 +440,18 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
     if not seeds:
         return None
     right = torch.stack([torch.stack([hits(cell[seed]) for cell in cells]) for seed in seeds])
-    scales = torch.clone, functools.partial(log_odds, n=right.shape[2])
     result = {"seeds": len(seeds)}
-    for name, scale in zip(SCALES, scales):
+    for name, scale in (("accuracy", torch.clone),
+                        ("log_odds", functools.partial(log_odds, n=right.shape[2]))):
         if len(seeds) > 1:
             result[name] = over_seeds(scale(right.mean(2)).T)
         else:
             result[name] = {asked: bootstrap(right[0].T, lambda means: scale(means) @ c)
                             for asked, c in contrasts().items()}
-    if len(seeds) > 1:
-        freedom = 7 * (len(seeds) - 1)
-        factor = 1 + t_quantile(freedom, 0.8) / t_quantile(freedom)
-        result["least"] = {asked: factor * (high - value)
-                           for asked, (value, _, high) in result["accuracy"].items()}
+    freedom = 7 * (len(seeds) - 1)
+    factor = 1 + t_quantile(freedom, 0.8) / t_quantile(freedom) if freedom else math.inf
+    result["least"] = {asked: factor * (high - value) if freedom else None
+                       for asked, (value, _, high) in result["accuracy"].items()}
     return result
 
 
@@ -464,16 +461,17 @@ def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | No
     if not pairs or lane == other:
         return None
     reader, purity = ([a[key] - b[key] for a, b in pairs] for key in ("reader", "purity"))
-    found = {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
-             "purity": t_interval(purity), "image_seed": pairs[0][0]["seed"],
-             "over_images": paired_bootstrap(*map(hits, pairs[0]))}
-    return found | ({"least": detectable(reader), "p": t_test(reader)} if pairs[1:] else {})
+    several = len(pairs) > 1
+    return {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
+            "least": detectable(reader) if several else None,
+            "p": t_test(reader) if several else None, "purity": t_interval(purity),
+            "over_images": paired_bootstrap(*map(hits, pairs[0])),
+            "image_seed": pairs[0][0]["seed"]}
 
 
 def detectable(gains: list[float]) -> float:
     """The least detectable effect."""
-    freedom = len(gains) - 1
-    quantiles = t_quantile(freedom) + t_quantile(freedom, 0.8)
+    quantiles = sum(t_quantile(len(gains) - 1, level) for level in (0.975, 0.8))
     return quantiles * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
@@ -543,9 +541,10 @@ def help_claim(row: dict) -> str:
     gains = [f"over {other} {span(each['over_seeds'], 100)} (least {percent(each['least'])})"
              for other, each in row["over"].items() if each and each["over_seeds"]]
     gains += [f"p {row['p']:.3f}"] if row["p"] is not None else []
-    missing = ", ".join(other for other, each in row["over"].items() if not each)
-    more = [f". Points {', '.join(gains)}"] * bool(gains) + [f". Not run: {missing}"] * bool(missing)
-    return f"C4, {row['lane']}: {row['verdict']}{''.join(more)}"
+    missing = [other for other, each in row["over"].items() if not each]
+    points = f". Points {', '.join(gains)}" if gains else ""
+    absent = f". Not run: {', '.join(missing)}" if missing else ""
+    return f"C4, {row['lane']}: {row['verdict']}{points}{absent}"
 
 
 def pressure_claims(differences: list[dict]) -> list[str]:
@@ -565,14 +564,14 @@ def pressure_claims(differences: list[dict]) -> list[str]:
 
 def additivity_verdict(found: dict, gained: bool) -> str:
     """found: the report's factorial; gained: whether any of its lanes beats the baseline."""
-    beyond, sides = found["accuracy"][ALL], {side(found[scale][ALL], 0) for scale in SCALES}
+    beyond, odds = found["accuracy"][ALL], found["log_odds"][ALL]
     if found["seeds"] < 3:
         return FEW.format("three")
     if not gained:
         return "no verdict: nothing is gained that could add up"
     if found["least"][ALL] > POINTS:
         return "no verdict: the least effect that could be seen is over 2 points"
-    if sides in ({1}, {-1}):
+    if side(beyond, 0) == side(odds, 0) != 0:
         return "not additive"
     return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else claims.OPEN
 
@@ -583,9 +582,8 @@ def all_claims(report: dict) -> list[str]:
         there = by_pair(report["differences"])
         gained = any(side(there[lane, "baseline"]["over_seeds"], 0) > 0 for lane in CELL_LANES[1:])
         lines.append(f"C4, adding up: {additivity_verdict(found, gained)}. {ALL} "
-                     f"{span(found['accuracy'][ALL], 100)} points")
-        if "least" in found:
-            lines[-1] += f" (least effect {percent(found['least'][ALL])})"
+                     f"{span(found['accuracy'][ALL], 100)} points (least "
+                     f"{percent(found['least'][ALL]) or 'unknown'})")
     for name, each in report["regimes"].items():
         rho = each["correlations"].get("phi - theta")
         lines.append(f"no claim: rho(purity, accuracy) {span(rho, 1, 2)} over {each['models']} "
@@ -603,8 +601,9 @@ have its class. 10-NN: % at the reader's last stage, without a branch. lost: poi
 bias column in the input of the reader's blocks alone; branch: another's input of the branch alone.
 k par.: 1,000 parameters. cost: FLOPs of training over the baseline's."""
 DIFFERENCES = """\
-Points of accuracy, paired by seed; seeds and {images} vary differently. baseline@: the
-baseline trained for the lane's compute. Not corrected for their number."""
+Points of accuracy, paired by seed. Over n seeds: of the method; over {images}: of the
+models of one seed. baseline@: the baseline trained for the lane's compute. Not corrected for their
+number."""
 ABOUT = """\
 C1c, pressure to cluster does not help: supported if purity rises and accuracy falls, against
 baseline64, and falls below that with fixed random labels, the price of any second loss; refuted if
@@ -649,7 +648,7 @@ def difference_table(found: list[dict]) -> str:
 def factorial_table(found: dict) -> str:
     over = f"{found['seeds']} seeds" if found["seeds"] > 1 else "images, one seed"
     return table(["", f"accuracy, points, over {over}", "least effect", "log-odds"], [
-        [name, span(interval, 100), percent(found.get("least", {}).get(name)),
+        [name, span(interval, 100), percent(found["least"][name]),
          span(found["log_odds"][name], 1, 3)] for name, interval in found["accuracy"].items()])
 
 
@@ -678,12 +677,12 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
             "```", *tables, "```", "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
             *(f"![{name}]({name})" for name in drawn)]
     if report["factorial"]:
-        text += ["## Do gains add up", FACTORIAL, "```", factorial_table(report["factorial"]), "```"]
+        factors = factorial_table(report["factorial"])
+        text += ["## Do gains add up", FACTORIAL, "```", factors, "```"]
     text += ["## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```"]
     for lane in found:
-        plain = lane.removeprefix(MATCHED)
-        what = " and ".join(LANES[part][0] for part in plain.split("+"))
-        what = f"the baseline for the compute of {plain}" if lane != plain else what
+        what = " and ".join(LANES[part][0] for part in lane.removeprefix(MATCHED).split("+"))
+        what = f"the baseline, for the compute of: {what}" if MATCHED in lane else what
         text.append("\n".join([f"# {lane}: {what}", *map(command_of, found[lane])]))
     (folder / "report.md").write_text("\n\n".join([*text, "```"]) + "\n")
     kept = [{key: run[key] for key in ("lane", "seed", *AVERAGED)} | {"command": command_of(run)}

@@ -766,8 +766,8 @@ def test_signals_save_and_say_how_to_resume():
 
 @folder()
 def test_part_of_an_epoch_and_random_labels():
-    """--epochs 2.35 is not 24 steps of ten an epoch on a schedule of 24, or a signal in the last ones changes it by a bit,
-    or --epochs 2.0 is not 2; random labels do not stay an image's own, with the classes' sizes, by the seed alone."""
+    """--epochs 2.35 is not 24 steps of ten an epoch on a schedule of 24, or a signal in the last ones changes a bit, or
+    --epochs 2.0 is not 2; random labels do not stay an image's own, with the classes' sizes, by the seed alone."""
     seen, plain = [], train.supervised_contrastive
 
     def spy(x, labels, **more):
@@ -2207,8 +2207,8 @@ def test_differences_and_regimes_of_planted_runs():
 
 
 def test_what_a_lane_loses():
-    """The class planted in the bias column, read by the reader's blocks alone or by the branch alone: exchanged, it costs
-    there and only there."""
+    """The class planted in the bias column, read by the reader's blocks alone or by the branch alone: exchanged, it
+    costs there and only there."""
     model = tiny_model(branch="bias", classes=2)
     images, labels = batch(60, classes=2)
     tokens = torch.randn(60, 16, 9, generator=generator("tokens")) * 1e-3
@@ -2295,7 +2295,8 @@ def test_sweep_command():
 def test_baseline_of_a_lanes_compute():
     """It costs what the lane costs, its command gives it, and where that is the baseline itself none is trained."""
     with folder() as here:
-        assert sweep([*SWEEP, "--fraction", "0.5", "--lanes", "dense", "column", "baseline@column", "baseline@dense"])[0] == 0
+        lanes = ["dense", "column", "baseline@column", "baseline@dense"]
+        assert sweep([*SWEEP, "--fraction", "0.5", "--lanes", *lanes])[0] == 0
         report = json.loads((here / "sweep" / "report.json").read_text())
         rows, runs = ({row["lane"]: row for row in report[key]} for key in ("lanes", "runs"))
         cost = {lane: row["gflop_per_image"] * row["epochs"] for lane, row in rows.items()}
@@ -2345,7 +2346,8 @@ def test_what_a_sweep_refuses():
         rejected([*SWEEP, "--lanes", "wt"], "other data")
     assert interventions.with_baselines(["bias+route", "cluster0.1+bias"]) == [
         "baseline", "baseline64", "cluster0.1+bias", "route+bias"]
-    assert interventions.with_baselines(["baseline@bias+route", "dense"]) == ["baseline", "dense", "baseline@route+bias"]
+    assert interventions.with_baselines(["baseline@bias+route", "dense"]) == [
+        "baseline", "dense", "baseline@route+bias"]
 
 
 def test_claimed_runs():
