@@ -399,18 +399,18 @@ def purity_points(axis, points: list[tuple]):
 
 def lanes_figure(path: Path, report: dict, images: str) -> bool:
     """Accuracy of each lane less its rivals'. images: what one seed's intervals are over."""
-    found = report["differences"]
-    groups = {"n seeds": [each for each in found if each["seeds"] > 1],
-              images: [each for each in found if each["seeds"] == 1]}
+    groups = {"over_seeds": [], "over_images": []}
+    for each in report["differences"]:
+        groups["over_seeds" if each["over_seeds"] else "over_images"].append(each)
     groups = {over: rows for over, rows in groups.items() if rows}
     if groups:
         heights = [4 + len(rows) for rows in groups.values()]
         figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(heights), height_ratios=heights)
         for axis, (over, rows) in zip(axes, groups.items()):
-            dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})",
-                         each["interval"], "C1s" if each["lane"] == "deeper" else "C0o")
-                        for each in rows])
-            label(axis, f"Intervals over {over} (square: capacity alone)",
+            dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})", each[over],
+                         "C1s" if "@" in each["minus"] else "C0o") for each in rows])
+            what = "n seeds" if over == "over_seeds" else f"{images} of one seed"
+            label(axis, f"Intervals over {what}\nsquare: less the baseline of its compute",
                   "difference of accuracy (points; bars: 95%)")
         figure.savefig(path)
     return bool(groups)
@@ -421,16 +421,16 @@ def clusters_figure(path: Path, report: dict, images: str) -> bool:
     series = []
     for key, loss, without, prefix in (
             ("w_task", "class loss", ("baseline", "wt"), "task"),
-            ("w_cluster", "contrastive loss", ("baseline64",), "cluster")):
+            ("w_cluster", "contrastive loss\nhollow: random labels", ("baseline64",), "cluster")):
         rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
             row["lane"] in without or row["lane"].startswith(prefix))]
         if len(rows) > 1:
-            series.append((key, loss, sorted(rows, key=lambda row: row[key])))
+            series.append((key, loss, sorted(rows, key=lambda row: (row[key], row["lane"]))))
     if series:
         figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
         for axis, (key, loss, rows) in zip(axes, series):
-            purity_points(axis, [(f"{key} {row[key]:g}, n = {row['n']}", row["purity"],
-                                  row["reader"], True) for row in rows])
+            purity_points(axis, [(f"{row['lane']}, n = {row['n']}", row["purity"], row["reader"],
+                                  "random" not in row["lane"]) for row in rows])
             label(axis, f"{key}: weight of the {loss}", PURITY,
                   "reader accuracy (%; bars: sd over n seeds)", True)
         figure.savefig(path)
@@ -454,8 +454,16 @@ def factorial_figure(path: Path, report: dict, images: str) -> bool:
 
 
 def population_figure(path: Path, report: dict, images: str) -> bool:
-    """`models_figure` of all runs of the sweep."""
-    there = bool(report["across"]["correlations"])
-    if there:
-        models_figure(path, report["across"])
-    return there
+    """Which stage's purity goes with accuracy, over models that differ in one loss's weight."""
+    points = [(f"{name}: {each['models']} models, {each['settings']} weights", stage, rho)
+              for name, each in report["regimes"].items()
+              for stage, rho in each["correlations"].items()]
+    if points:
+        figure, (axis,) = canvas(1, 1, 8, 4.8)
+        curves(axis, points)
+        axis.axhline(0, color="black", linewidth=0.8)
+        label(axis, "Does purity go with accuracy? No claim: near the head\n"
+              "purity restates accuracy (below 5 weights no bars)", "stage (mean token)",
+              "Spearman's rho of purity and accuracy (bars: 95%)", True)
+        figure.savefig(path)
+    return bool(points)

@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,29 +36,33 @@ import figures
 import train
 from bench import count_flops
 from checkpoint import InputError, Stop, exits, generator, model_from, read_checkpoint, seeded
-from claims import POINTS, decide, fold, side, span
+from claims import POINTS, fold, percent, side, span, table
 from data import load_dataset
 from diagnostics import Fitted, accuracy, clustering, coordinate_systems, fit_all, token_flow
-from measures import bootstrap, paired_bootstrap, t_interval, t_quantile
+from measures import bootstrap, holm, paired_bootstrap, t_interval, t_quantile, t_test
 from routes import BLOCK, donors
-from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment, find_device, flag,
-                      parser, settings, whole)
+from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment, epochs,
+                      find_device, flag, parser, settings, whole)
 
 # ---- Lanes ---------------------------------------------------------------------------------------
 #
-# A lane changes one thing; lanes joined by + change several. Each is compared with the baseline. A
-# gain could come from mere size: `deeper` costs more than any single lane. Controls: `column` and
-# `column-random` of `bias`, `centred` of `colour`, `baseline64` of the contrastive lanes, whose
-# loss needs pairs of a class in a batch.
+# A lane changes one thing; lanes joined by + change several. Each is compared with the baseline and
+# with what could explain its gain away: more compute (`baseline@LANE`, the baseline trained for as
+# many steps as cost the lane's FLOPs), another column (`column` and `column-random` of `bias`), the
+# mean colour gone (`centred` of `colour`), a second loss whatever its labels (`cluster-random1`).
+# `deeper` says what capacity buys. A contrastive loss needs batches with pairs: `baseline64`.
 
 TASK = "another weight of the class loss"
 CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
+RANDOM = CLUSTER + " with random labels, fixed for the run"
 LANES = {              # name: what changes, in words, in flags; None: `Sweep.change` has it
     "baseline": ("shared-anchor MWT", {}),
     "wt": ("no class loss for the INR", {"w_task": 0.0}),
     **{f"task{w:g}": (TASK, {"w_task": w}) for w in (0.001, 0.1, 1.0, 10.0)},
     "baseline64": ("batches of at least 64", {"batch_size": 64}),
     **{f"cluster{w:g}": (CLUSTER, {"batch_size": 64, "w_cluster": w}) for w in (0.01, 0.1, 1.0)},
+    **{f"cluster-random{w:g}": (RANDOM, {"batch_size": 64, "w_cluster": w, "cluster_random": True})
+       for w in (0.1, 1.0)},
     "route": ("learned queries gather the tokens, starting from their mean", {"readout": 8}),
     "bias": ("the bias column to the logits by a branch of its own", {"branch": "bias"}),
     "column": ("as bias, but the column of highest energy in its baseline", None),
@@ -67,36 +71,47 @@ LANES = {              # name: what changes, in words, in flags; None: `Sweep.ch
     "colour": ("centred, with the mean colour through a branch like bias's",
                {"centre_colour": True, "branch": "colour"}),
     "dense": ("four more inner steps, on all pixels", None),
-    "deeper": ("capacity control: a deeper reader", None)}
+    "deeper": ("a reader so deep that a step costs twice", None)}
 FACTORS = ("route", "bias", "dense")
 CELLS = list(itertools.product((0, 1), repeat=3))      # which are on
 CELL_LANES = ["+".join(itertools.compress(FACTORS, cell)) or "baseline" for cell in CELLS]
+JUDGED = [*CELL_LANES[1:], "column", "column-random", "deeper"]           # by C4
+MATCHED = "baseline@"
+PRESSED = ["cluster0.01", "cluster0.1", "cluster1"]
+REGIMES = {            # one architecture and batch size, one loss of several weights
+    "class loss": ["baseline", "wt", "task0.001", "task0.1", "task1", "task10"],
+    "contrastive loss": ["baseline64", *PRESSED],
+    "contrastive loss, random labels": ["baseline64", "cluster-random0.1", "cluster-random1"]}
 
 
 def place(lane: str) -> tuple:
-    """Where a lane stands in a table: as in LANES, joined ones at the end."""
-    return lane.count("+"), [list(LANES).index(part) for part in lane.split("+")]
+    """Where a lane stands in a table: as in LANES, then joined ones; each before its compute's."""
+    plain = lane.removeprefix(MATCHED)
+    return plain.count("+"), [list(LANES).index(part) for part in plain.split("+")], lane != plain
 
 
 def rivals(lane: str) -> list[str]:
     """The lanes that this one is compared with, its baseline first."""
     found = ["baseline64" if "cluster" in lane else "baseline"]
+    if lane in JUDGED:
+        found.append(MATCHED + lane)
     if lane.startswith("task"):
         found.append("wt")
-    if lane in CELL_LANES[1:]:
-        found.append("deeper")
-    return found + {"bias": ["column", "column-random"], "colour": ["centred"]}.get(lane, [])
+    return found + {"bias": ["column", "column-random"], "colour": ["centred"],
+                    "cluster0.1": ["cluster-random0.1"], "cluster1": ["cluster-random1"]
+                    }.get(lane, [])
 
 
 def with_baselines(lanes: list[str]) -> list[str]:
     """The lanes asked for and their baselines, in order. InputError: no such lane."""
     found = {"baseline"}
     for lane in lanes:
-        parts = lane.split("+")
-        if not set(parts) <= set(LANES):
-            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, and joined by +")
-        lane = "+".join(sorted(parts, key=place))
-        found |= {lane, rivals(lane)[0]}
+        plain = lane.removeprefix(MATCHED)
+        if not set(plain.split("+")) <= set(LANES):
+            raise InputError(f"--lanes {lane}: there are {', '.join(LANES)}, and joined by +, and "
+                             "all of them after baseline@")
+        plain = "+".join(sorted(plain.split("+"), key=place))
+        found |= {MATCHED + plain} if lane.startswith(MATCHED) else {plain, rivals(plain)[0]}
     return sorted(found, key=place)
 
 
@@ -115,6 +130,7 @@ def cost(args, facts) -> tuple[int, float]:
 FORMAT = {"format": "routed-inr sweep", "version": 1}
 NAME = re.compile(r"(.+)-seed(\d+)(-[0-9a-f]{8})?\.diagnosis\.json")   # older ones end in a hash
 MEASURED = ("reader", "psnr", "purity", "gap", "last_knn10", "lost", "seconds")
+AVERAGED = (*MEASURED, "lost_branch")          # the first runs lack this
 
 
 @dataclass
@@ -124,6 +140,7 @@ class Sweep:
     base: argparse.Namespace       # settings
     threads: int                   # of every run, since rounding depends on it
     facts: list                    # channels, class names, number of training images
+    flops: dict = field(default_factory=dict)      # an image, of lanes, once counted
 
     def change(self, part: str, seed: int, highest_column: int | None = None) -> dict:
         """The flags that a part of a lane changes."""
@@ -141,28 +158,30 @@ class Sweep:
             change["batch_size"] = max(64, self.base.batch_size)
         return change
 
+    def matched_epochs(self, lane: str) -> float:
+        """Of the baseline, for what the lane's training costs."""
+        for name in (lane, "baseline"):
+            if name not in self.flops:
+                args = self.args(name, 0, {("baseline", 0): {"highest_column": 0}})
+                self.flops[name] = cost(args, self.facts)[1]
+        times = self.flops[lane] / self.flops["baseline"]
+        return epochs(str(max(1, round(self.base.epochs * times, 2))))
+
     @functools.cached_property
     def depth(self) -> int:
-        """Of the lane deeper: the least with which the model has the parameters of the dearest
-        single lane and a quarter more FLOPs, since the inner loop's FLOPs take longer. Every block
-        adds the same. InputError: a depth that nobody would train."""
+        """Of the lane deeper: a step costs about twice the baseline's, every block the same."""
         has = self.base.reader_depth
-        changes = [{}, {"reader_depth": has + 1},
-                   *(self.change(lane, 0) for lane in ("route", "bias", "colour", "dense"))]
-        now, one_more, *lanes = (cost(argparse.Namespace(**vars(self.base) | change), self.facts)
-                                 for change in changes)
-        parameters, flops = map(max, zip(*lanes))
-        more = max(0, math.ceil((parameters - now[0]) / (one_more[0] - now[0])),
-                   math.ceil((1.25 * flops - now[1]) / (one_more[1] - now[1])))
-        if more >= 50:
-            raise InputError(f"--lanes deeper: takes {more} more blocks to cost what dense does; "
-                             "leave it out")
-        return has + more
+        now, one_more = (cost(argparse.Namespace(**vars(self.base) | {"reader_depth": depth}),
+                              self.facts)[1] for depth in (has, has + 1))
+        return has + round(now / (one_more - now))
 
     def args(self, lane: str, seed: int, runs: dict) -> argparse.Namespace:
         """The settings of a run. runs: those that are there, for the baseline's column."""
         highest = runs.get(("baseline", seed), {}).get("highest_column")
         changes = {"seed": seed, "out": str(self.folder / "runs" / f"{lane}-seed{seed}.pt")}
+        if lane.startswith(MATCHED):
+            return argparse.Namespace(**vars(self.base) | changes | {
+                "epochs": self.matched_epochs(lane.removeprefix(MATCHED))})
         for part in lane.split("+"):
             change = self.change(part, seed, highest)
             for key in set(change) & set(changes):
@@ -182,7 +201,9 @@ def read_runs(folder: Path) -> dict[tuple[str, int], dict]:
                 raise ValueError
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"{path}: damaged; delete it, and it is made again") from error
-        found[lane, int(seed)] = run | {"lane": lane, "seed": int(seed)}
+        if "lost_branch" not in run and run["training"]["branch"] == "bias":
+            run["lost"] = None                 # both at once: another figure
+        found[lane, int(seed)] = {"lost_branch": None} | run | {"lane": lane, "seed": int(seed)}
     return found
 
 
@@ -267,6 +288,17 @@ def make(args) -> str:
     return f"failed: {log.read_text(errors='replace').strip().splitlines()[-1]}"
 
 
+def copied(args, runs: dict) -> bool:
+    """Whether another lane's run is the same, as those of the compute of two lanes that cost the
+    same; if so, its diagnosis stands for this one's."""
+    for run in runs.values():
+        if claims.key_of(run["training"]) == claims.key_of(vars(args)):
+            same = run | {"name": Path(args.out).stem, "training": vars(args)}
+            write_json(Path(args.out).with_suffix(".diagnosis.json"), same)
+            return True
+    return False
+
+
 def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
     """Makes what is not finished. Returns, of what is not finished then, why."""
     missing = {}
@@ -278,6 +310,8 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
             continue
         if args.branch == "column:None":
             why = "needs its seed's baseline"
+        elif copied(args, runs):
+            why = ""
         elif not claim(args):
             why = "being made by another process"
         else:
@@ -297,17 +331,24 @@ def work(sweep: Sweep, asked: list[tuple[str, int]]) -> dict[str, str]:
 # ---- Its diagnosis -------------------------------------------------------------------------------
 #
 # On the test images: the model's own predictions, geometry of the weights and of every stage of the
-# reader (diagnostics.py), and what exchanging the bias column between images costs.
+# reader (diagnostics.py), and the cost of other images' bias columns in the input of the reader's
+# blocks alone, and of another image's input to its branch alone.
 
-def predictions(model, fits: Fitted, donor: Tensor | None = None) -> Tensor:
-    """The model's own (n,), its branch included; donor: images (n,) to take the bias column of."""
-    found = []
+def predictions(model, fits: Fitted, donor=None, branch_donor=None) -> Tensor:
+    """The model's own (n,); donor: images (n,) whose bias column the blocks see instead,
+    branch_donor: images whose column or colour the branch sees instead."""
+    reader, found = model.reader, []
     for rows in torch.arange(len(fits.labels)).split(BLOCK):
-        tokens = fits.tokens[rows].clone()
+        seen = rows if branch_donor is None else branch_donor[rows]
+        tokens, colour = fits.tokens[rows].clone(), []
         if donor is not None:
             tokens[..., -1] = fits.tokens[donor[rows], :, -1]
-        values = model.look(fits.images[rows], model.inner_loop.steps + 1)[1]  # as it saw them
-        found.append(model.logits(tokens, values).argmax(-1))
+        if getattr(reader, "takes_colour", False):
+            colour = [model.colour(model.look(fits.images[seen], model.inner_loop.steps + 1)[1])]
+        x = reader.input_map(tokens)
+        for block in reader.blocks:
+            x = x + block(x)
+        found.append(reader.conclude(x, fits.tokens[seen], *colour).argmax(-1))
     return torch.cat(found)
 
 
@@ -324,27 +365,34 @@ def diagnose(args) -> dict:
                           probes=False)
     flow = token_flow(model.trace, [untrained.trace], bank, queries, model.reader, flattened=False,
                       probes=False)
-    exchanged = [accuracy(predictions(model, queries, donors(labels, "any", repeat, 0)), labels)
-                 for repeat in range(5)]
+    reader, others = accuracy(guesses, labels), [donors(labels, "any", r, 0) for r in range(5)]
+
+    def lost(**exchanged):
+        return reader - accuracy(predictions(model, queries, **exchanged), labels)
+    in_blocks = statistics.fmean(lost(donor=other) for other in others)
+    in_branch = None
+    if getattr(model.reader, "branch", None) is not None:
+        in_branch = statistics.fmean(lost(branch_donor=other) for other in others)
     parameters, flops = cost(args, content["data"])
-    epochs = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
-    reader = accuracy(guesses, labels)
+    seconds = [epoch["seconds"] for epoch in content["metrics"]["epochs"]]
     return {"name": Path(args.out).stem, "training": vars(args), "reader": reader,
             "right": "".join(map(str, (guesses == labels).int().tolist())),
             "psnr": content["metrics"]["test_psnr"],
-            "seconds": len(epochs) * statistics.median(epochs), "parameters": parameters,
-            "gflop_per_image": flops / 1e9, "purity": geometry["purity"], "gap": geometry["G"]["gap"][0],
-            "last_knn10": flow["rows"][-1]["pooled_knn10"],
-            "lost": reader - statistics.fmean(exchanged),
+            "seconds": args.epochs * statistics.median(seconds), "parameters": parameters,
+            "gflop_per_image": flops / 1e9, "purity": geometry["purity"],
+            "gap": geometry["G"]["gap"][0], "last_knn10": flow["rows"][-1]["pooled_knn10"],
+            "lost": in_blocks, "lost_branch": in_branch,
             "highest_column": int(bank.tokens[..., :-1].var(0).sum(0).argmax()),
             "experiments": {"clustering": geometry, "token-flow": flow}, **environment(device)}
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
 #
-# Lanes are compared by seed: t interval over seeds; with one seed, paired bootstrap over images.
-# The factors alone and joined are a 2^3 factorial design, in accuracy and in log-odds, since on a
-# bounded scale equal gains shrink near its ends: an interaction counts only if both scales show it.
+# Lanes are compared by seed: a t interval over seeds, and beside it, never in its place, a paired
+# bootstrap over the images of the first seed. The least detectable effect: the gain that so many
+# seeds, spread like these, show in 80% of repeats at 5%. The factors alone and joined are a 2^3
+# factorial design, in accuracy and in log-odds, since on a bounded scale equal gains shrink near
+# its ends: an interaction counts only if both scales show it.
 
 def contrasts() -> dict[str, Tensor]:
     """What is asked of the cells, as coefficients (8,). A main effect: the mean with a factor less
@@ -400,6 +448,10 @@ def factorial(found: dict[str, list[dict]]) -> dict | None:
         else:
             result[name] = {asked: bootstrap(right[0].T, lambda means: scale(means) @ c)
                             for asked, c in contrasts().items()}
+    freedom = 7 * (len(seeds) - 1)
+    factor = 1 + t_quantile(freedom, 0.8) / t_quantile(freedom) if freedom else math.inf
+    result["least"] = {asked: factor * (high - value) if freedom else None
+                       for asked, (value, _, high) in result["accuracy"].items()}
     return result
 
 
@@ -409,62 +461,133 @@ def difference(found: dict[str, list[dict]], lane: str, other: str) -> dict | No
     if not pairs or lane == other:
         return None
     reader, purity = ([a[key] - b[key] for a, b in pairs] for key in ("reader", "purity"))
-    return {"lane": lane, "minus": other, "seeds": len(pairs),
-            "interval": t_interval(reader) or paired_bootstrap(*map(hits, pairs[0])),
-            "purity": t_interval(purity) or (purity[0], None, None)}
+    several = len(pairs) > 1
+    return {"lane": lane, "minus": other, "seeds": len(pairs), "over_seeds": t_interval(reader),
+            "least": detectable(reader) if several else None,
+            "p": t_test(reader) if several else None, "purity": t_interval(purity),
+            "over_images": paired_bootstrap(*map(hits, pairs[0])),
+            "image_seed": pairs[0][0]["seed"]}
+
+
+def detectable(gains: list[float]) -> float:
+    """The least detectable effect."""
+    quantiles = sum(t_quantile(len(gains) - 1, level) for level in (0.975, 0.8))
+    return quantiles * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def lane_row(lane: str, runs: list[dict]) -> dict:
     """Of each measure a lane's mean and, over seeds, standard deviation."""
     row = {key: runs[0][key] for key in ("lane", "parameters", "gflop_per_image")}
-    row |= {key: runs[0]["training"][key] for key in ("w_task", "w_cluster")} | {"n": len(runs)}
-    for key in MEASURED:
-        values = [run[key] for run in runs]
-        row[key] = (statistics.fmean(values), statistics.stdev(values) if values[1:] else None)
+    row |= {key: runs[0]["training"][key] for key in ("w_task", "w_cluster", "epochs")}
+    row["n"] = len(runs)
+    for key in AVERAGED:
+        values = [run[key] for run in runs if run[key] is not None]
+        row[key] = (statistics.fmean(values) if values else None,
+                    statistics.stdev(values) if values[1:] else None)
     return row
+
+
+def regimes(found: dict[str, list[dict]]) -> dict:
+    """Description: the rank correlation of purity and accuracy over the models of a regime."""
+    result = {}
+    for name, lanes in REGIMES.items():
+        runs = [run for lane in lanes for run in found.get(lane, [])]
+        across = claims.across(runs) if runs else {"correlations": {}}
+        if across["correlations"]:
+            result[name] = {key: across[key] for key in ("models", "settings", "correlations")}
+    return result
 
 
 def summarise(found: dict[str, list[dict]]) -> dict:
     """The report. found: each lane's runs, one a seed."""
     differences = [difference(found, lane, other) for lane in found for other in rivals(lane)]
-    models = {}                # two lanes may be the same: a model counts once
-    for run in (run for runs in found.values() for run in runs):
-        models.setdefault(claims.key_of(run["training"]), run)
+    differences = [each for each in differences if each]
     return {"lanes": [lane_row(lane, runs) for lane, runs in found.items()],
-            "differences": [each for each in differences if each], "factorial": factorial(found),
-            "across": claims.across(list(models.values()))}
+            "differences": differences, "helps": judge(differences),
+            "factorial": factorial(found), "regimes": regimes(found)}
 
 
 # ---- Claims --------------------------------------------------------------------------------------
 #
-# C1 and C2 of the baseline come from claims.py; what C4 is, and its rules, stands in ABOUT below.
+# C1c and C4, over seeds. What C1 to C3 are of the baseline or any other run diagnostics.py says.
 
-FEW = "not decided here (fewer than three seeds)"
+FEW = "not decided here (fewer than {} seeds)"
+ALL = CELL_LANES[-1] + " - additive"
 
 
-def additivity_verdict(found: dict) -> str:
-    """found: the report's factorial."""
-    name = f"{CELL_LANES[-1]} - additive"
-    beyond, odds = found["accuracy"][name], found["log_odds"][name]
+def by_pair(differences: list[dict]) -> dict[tuple[str, str], dict]:
+    return {(each["lane"], each["minus"]): each for each in differences}
+
+
+def judge(differences: list[dict]) -> list[dict]:
+    """C4 of each lane: what it has over its rivals, p of lane - baseline after Holm's correction
+    over the lanes with five seeds, the verdict."""
+    rows, there = [], by_pair(differences)
+    for lane in sorted(JUDGED, key=place):
+        if (lane, "baseline") in there:
+            over = {other: there.get((lane, other)) for other in rivals(lane)}
+            seeds = min(each["seeds"] if each else 0 for each in over.values())
+            rows.append({"lane": lane, "seeds": seeds, "over": over, "p": None,
+                         "verdict": FEW.format("five")})
+    decided = [row for row in rows if row["seeds"] >= 5]
+    for row, p in zip(decided, holm([row["over"]["baseline"]["p"] for row in decided])):
+        gains = {other: each["over_seeds"] for other, each in row["over"].items()}
+        least = max(each["least"] for each in row["over"].values())    # support needs all of them
+        row |= {"p": p, "verdict": claims.helps_verdict(gains, least, p)}
+    return rows
+
+
+def help_claim(row: dict) -> str:
+    gains = [f"over {other} {span(each['over_seeds'], 100)} (least {percent(each['least'])})"
+             for other, each in row["over"].items() if each and each["over_seeds"]]
+    gains += [f"p {row['p']:.3f}"] if row["p"] is not None else []
+    missing = [other for other, each in row["over"].items() if not each]
+    points = f". Points {', '.join(gains)}" if gains else ""
+    absent = f". Not run: {', '.join(missing)}" if missing else ""
+    return f"C4, {row['lane']}: {row['verdict']}{points}{absent}"
+
+
+def pressure_claims(differences: list[dict]) -> list[str]:
+    """C1c of each contrastive lane."""
+    lines, there = [], by_pair(differences)
+    for lane in PRESSED:
+        if plain := there.get((lane, "baseline64")):
+            random = there.get((lane, lane.replace("cluster", "cluster-random")))
+            beyond = random["over_seeds"] if random and random["seeds"] >= 3 else None
+            purity, accuracy = plain["purity"], plain["over_seeds"]
+            verdict = claims.pressure_verdict(purity, accuracy, beyond)
+            lines.append(f"C1c, {lane}: " + (FEW.format("three") if plain["seeds"] < 3 else (
+                f"{verdict}. Less baseline64: purity {span(purity, 1, 3)}, accuracy "
+                f"{span(accuracy, 100)}; less random labels: accuracy {span(beyond, 100)}")))
+    return lines
+
+
+def additivity_verdict(found: dict, gained: bool) -> str:
+    """found: the report's factorial; gained: whether any of its lanes beats the baseline."""
+    beyond, odds = found["accuracy"][ALL], found["log_odds"][ALL]
     if found["seeds"] < 3:
-        return FEW
+        return FEW.format("three")
+    if not gained:
+        return "no verdict: nothing is gained that could add up"
+    if found["least"][ALL] > POINTS:
+        return "no verdict: the least effect that could be seen is over 2 points"
     if side(beyond, 0) == side(odds, 0) != 0:
         return "not additive"
-    return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else "not decided here"
+    return "additive" if side(beyond, -POINTS) > 0 > side(beyond, POINTS) else claims.OPEN
 
 
 def all_claims(report: dict) -> list[str]:
-    found = {(each["lane"], each["minus"]): each for each in report["differences"]}
-    lines = [line for line in report["across"]["verdicts"] if ", baseline:" in line] or [
-        "C1, C2: not decided here (too few seeds of the baseline)"]
-    for lane in CELL_LANES[1:]:
-        if (lane, "baseline") in found and (lane, "deeper") in found:
-            gain, beyond = (side(found[lane, other]["interval"], 0)
-                            for other in ("baseline", "deeper"))
-            verdict = decide(gain > 0 and beyond > 0, beyond < 0)
-            lines.append(f"C4, {lane}: {verdict if found[lane, 'deeper']['seeds'] >= 3 else FEW}")
-    if report["factorial"]:
-        lines.append(f"C4, adding up: {additivity_verdict(report['factorial'])}")
+    lines = pressure_claims(report["differences"]) + [help_claim(row) for row in report["helps"]]
+    if found := report["factorial"]:
+        there = by_pair(report["differences"])
+        gained = any(side(there[lane, "baseline"]["over_seeds"], 0) > 0 for lane in CELL_LANES[1:])
+        lines.append(f"C4, adding up: {additivity_verdict(found, gained)}. {ALL} "
+                     f"{span(found['accuracy'][ALL], 100)} points (least "
+                     f"{percent(found['least'][ALL]) or 'unknown'})")
+    for name, each in report["regimes"].items():
+        rho = each["correlations"].get("phi - theta")
+        lines.append(f"no claim: rho(purity, accuracy) {span(rho, 1, 2)} over {each['models']} "
+                     f"models, {each['settings']} weights of the {name}")
     return lines
 
 
@@ -474,17 +597,21 @@ LANES_TABLE = """\
 n: seeds. accuracy: the reader's on {images}, mean ± sd over seeds. gap: accuracy less the
 best of k-NN and nearest mean on phi - theta, an image's weights less the shared anchor. PSNR: dB,
 of the pixels drawn. purity: share of an image's 10 nearest {images} in phi - theta that
-have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, bias column
-exchanged between images. k par.: 1,000 parameters. MFLOP: a training step, an image. s: training,
-the median epoch times epochs."""
+have its class. 10-NN: % at the reader's last stage, without a branch. lost: points, another image's
+bias column in the input of the reader's blocks alone; branch: another's input of the branch alone.
+k par.: 1,000 parameters. cost: FLOPs of training over the baseline's."""
 DIFFERENCES = """\
-Paired by seed: [95% t interval over n seeds]; with n = 1 [95% over {images}]. Not corrected
-for their number."""
+Points of accuracy, paired by seed. Over n seeds: of the method; over {images}: of the
+models of one seed. baseline@: the baseline trained for the lane's compute. Not corrected for their
+number."""
 ABOUT = """\
-C1: the weights do not cluster by class as well as the reader reads them. C2: classes come apart
-late in the reader. C4: route, bias, dense help more than deeper and do not add up: supported if
-lane - baseline and lane - deeper are above 0, refuted if lane - deeper is below; not additive if
-all three - additive is on one side of 0 in accuracy and in log-odds, additive within 2 points."""
+C1c, pressure to cluster does not help: supported if purity rises and accuracy falls, against
+baseline64, and falls below that with fixed random labels, the price of any second loss; refuted if
+both rise. C4, acting on the diagnosis helps: supported if above the baseline and the baseline of
+the lane's compute (bias: also column, column-random) and p < 0.05 after Holm's correction over
+lanes, refuted if below both; deeper: what capacity alone buys. Adding up: not additive if all three
+- additive is on one side of 0 in accuracy and in log-odds, additive within 2 points. Points, over
+seeds; least: the effect that so many seeds show in 80% of repeats. C1 to C3: see diagnostics.py."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
 differences; a+b - additive: the joined lane less baseline and gains of its single lanes."""
@@ -492,35 +619,37 @@ FIGURES = {"lanes.png": figures.lanes_figure, "clusters.png": figures.clusters_f
            "factorial.png": figures.factorial_figure, "population.png": figures.population_figure}
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table that reads on a terminal too: names, then numbers flush right."""
-    widths = [max(2, *map(len, column)) for column in zip(header, *rows)]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join(" | ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]),
-                                 ""]).strip() for row in (header, rule, *rows))
-
-
 def lane_table(rows: list[dict]) -> str:
-    table = []
+    usual = next((row for row in rows if row["lane"] == "baseline"), rows[0])
+    lines = []
     for row in rows:
-        accuracy = " ± ".join(f"{100 * x:.1f}" for x in row["reader"] if x is not None)
-        gap, near, lost = (f"{100 * row[key][0]:.1f}" for key in ("gap", "last_knn10", "lost"))
-        table.append([row["lane"], str(row["n"]), accuracy, gap, f"{row['psnr'][0]:.1f}",
-                      f"{row['purity'][0]:.3f}", near, lost, f"{row['parameters'] / 1000:.0f}",
-                      f"{1000 * row['gflop_per_image']:.0f}", f"{row['seconds'][0]:.0f}"])
-    return markdown("lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|k par.|MFLOP|s".split("|"), table)
+        cost = (row[key] / usual[key] for key in ("gflop_per_image", "epochs"))
+        lines.append([row["lane"], str(row["n"]),
+                      " ± ".join(percent(x) for x in row["reader"] if x is not None),
+                      percent(row["gap"][0]), f"{row['psnr'][0]:.1f}", f"{row['purity'][0]:.3f}",
+                      *(percent(row[key][0]) for key in ("last_knn10", "lost", "lost_branch")),
+                      f"{row['parameters'] / 1000:.0f}", f"{math.prod(cost):.3f}"])
+    titles = "lane|n|accuracy %|gap|PSNR|purity|10-NN|lost|branch|k par.|cost"
+    return table(titles.split("|"), lines)
 
 
 def difference_table(found: list[dict]) -> str:
-    return markdown(["difference", "n", "accuracy, points", "purity"], [
-        [f"{each['lane']} - {each['minus']}", str(each["seeds"]), span(each["interval"], 100),
-         span(each["purity"], 1, 3)] for each in found])
+    first, lines = min((each["image_seed"] for each in found), default=0), []
+    for each in found:
+        minus = MATCHED if each["minus"].startswith(MATCHED) else each["minus"]
+        other_seed = "" if each["image_seed"] == first else f" seed {each['image_seed']}"
+        lines.append([f"{each['lane']} - {minus}", str(each["seeds"]),
+                      span(each["over_seeds"], 100) if each["over_seeds"] else "",
+                      span(each["over_images"], 100) + other_seed])
+    return table(["difference", "n", "over seeds [95% t]",
+                  f"over images [95% bootstrap], seed {first}"], lines)
 
 
 def factorial_table(found: dict) -> str:
-    return markdown(["", "accuracy, points", "log-odds"], [
-        [name, span(interval, 100), span(found["log_odds"][name], 1, 3)]
-        for name, interval in found["accuracy"].items()])
+    over = f"{found['seeds']} seeds" if found["seeds"] > 1 else "images, one seed"
+    return table(["", f"accuracy, points, over {over}", "least effect", "log-odds"], [
+        [name, span(interval, 100), percent(found["least"][name]),
+         span(found["log_odds"][name], 1, 3)] for name, interval in found["accuracy"].items()])
 
 
 def command_of(run: dict) -> str:
@@ -545,16 +674,18 @@ def write_report(sweep: Sweep, runs: dict, missing: dict[str, str]):
             f"{len(runs)} runs of {len(found)} lanes, seeds {', '.join(map(str, seeds))}; "
             f"{len(one['right'])} {images}; {one['device']}.",
             *(f"Not finished: {name}: {why}." for name, why in missing.items()),
-            *tables, "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
+            "```", *tables, "```", "## Claims", ABOUT, "\n".join(f"- {line}" for line in lines),
             *(f"![{name}]({name})" for name in drawn)]
     if report["factorial"]:
-        text += ["## Do gains add up", FACTORIAL, factorial_table(report["factorial"])]
+        factors = factorial_table(report["factorial"])
+        text += ["## Do gains add up", FACTORIAL, "```", factors, "```"]
     text += ["## Commands", "Each gives its run by itself, bit for bit on the same machine.", "```"]
     for lane in found:
-        what = " and ".join(LANES[part][0] for part in lane.split("+"))
+        what = " and ".join(LANES[part][0] for part in lane.removeprefix(MATCHED).split("+"))
+        what = f"the baseline, for the compute of: {what}" if MATCHED in lane else what
         text.append("\n".join([f"# {lane}: {what}", *map(command_of, found[lane])]))
     (folder / "report.md").write_text("\n\n".join([*text, "```"]) + "\n")
-    kept = [{key: run[key] for key in ("lane", "seed", *MEASURED)} | {"command": command_of(run)}
+    kept = [{key: run[key] for key in ("lane", "seed", *AVERAGED)} | {"command": command_of(run)}
             for run in runs.values()]
     write_json(folder / "report.json", {"flags": vars(base), "missing": missing, "claims": lines,
                                         **report, "runs": kept})
@@ -572,7 +703,8 @@ def sweep_parser() -> Parser:
                description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS,
                allow_abbrev=False)
     p.add_argument("--lanes", nargs="+", metavar="LANE",
-                   help=f"all (default), or some of {', '.join(LANES)}, or some joined by +")
+                   help=f"all (default), or some of {', '.join(LANES)}, or some joined by +; "
+                        f"{MATCHED}LANE: the baseline for a lane's compute")
     p.add_argument("--seeds", type=whole(1), help="so many, from --seed on (default 3)")
     p.add_argument("--report-only", action="store_true", help="report what is in --out")
     p.add_argument("--out", required=True, help="folder of the sweep")
@@ -633,7 +765,8 @@ def run(argv: list[str] | None):
         if sweep is None or set(given) != {"out", "report_only"}:
             raise InputError("--report-only takes --out alone, the folder of a sweep")
     else:
-        every = [*LANES, *CELL_LANES] if "all" in lanes else []
+        every = [*LANES, *CELL_LANES, *(MATCHED + lane for lane in JUDGED)]
+        every = every if "all" in lanes else []
         lanes = with_baselines([*every, *(lane for lane in lanes if lane != "all")])
         sweep = open_sweep(folder, given)
         seeds = range(sweep.base.seed, sweep.base.seed + given.get("seeds", 3))

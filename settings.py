@@ -42,6 +42,12 @@ def whole(low: int, high: float = math.inf):
     return number(low, high, kind=int)
 
 
+def epochs(text: str):
+    """Parses a number of epochs; a whole one stays whole."""
+    value = number(1)(text)
+    return int(value) if value == int(value) else value
+
+
 # Each flag: name, what it takes (None: nothing), default, help. The defaults are the paper's recipe
 # for CIFAR-10, MNIST and Fashion-MNIST; below is what differs elsewhere.
 FLAGS = {
@@ -72,7 +78,8 @@ FLAGS = {
     "training": [
         ("w_task", number(0), 0.01, "weight of the class loss for the INR; 0 is WT"),
         ("w_cluster", number(0), 0.0, "weight of a contrastive loss on phi - theta, for the INR"),
-        ("epochs", whole(1), 10, "passes over the training set"),
+        ("cluster_random", None, None, "that loss with random labels, the same for all of the run"),
+        ("epochs", epochs, 10, "passes over the training set; 5.5: the last is half a one"),
         ("batch_size", whole(1), 16, "images a step and process"),
         ("lr", number(0, above=True), 1e-4, "peak learning rate of the SIREN and the reader"),
         ("lr_alpha", number(0, above=True), 1e-2, "peak learning rate of alpha, the step sizes"),
@@ -177,6 +184,8 @@ def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
     if not is_column and args.branch not in (None, "bias", "colour"):
         raise InputError(f"--branch {args.branch}: neither bias nor colour nor column:0 to "
                          f"column:{args.width - 1}")
+    if args.cluster_random and not args.w_cluster:
+        raise InputError("--cluster-random: says which labels --w-cluster takes; give both")
     if args.w_cluster and WORLD > 1:
         raise InputError("--w-cluster compares the images of a batch: not by torchrun")
     if int(args.fraction * args.size ** 2 + 1e-9) < 1:

@@ -123,10 +123,11 @@ class MWT(nn.Module):
             return self.read(tokens, self.colour(values))
         return self.read(tokens)
 
-    def forward(self, coords: Tensor, values: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, coords: Tensor, values: Tensor, labels: Tensor, groups=None) -> Tensor:
         """The `statistics` of a batch as `look` returned it, k + 1 looks. The class loss reaches
         the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that
-        one backward pass serves all losses."""
+        one backward pass serves all losses. groups (N,): what the contrastive loss pulls together,
+        if not the classes."""
         phi, error = self.fit_and_error(coords, values)
         tokens = self.tokens(phi)                                              # (N, T, width + 1)
         fixed = tokens.detach()
@@ -136,7 +137,8 @@ class MWT(nn.Module):
         cluster = error.new_zeros(())
         if self.w_cluster:
             moved = [(phi.first - self.siren.first).flatten(1), tokens.flatten(1)]
-            cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), labels)
+            groups = labels if groups is None else groups
+            cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), groups)
         return statistics(logits, labels, error, cluster)
 
     # What diagnostics.py asks of a method; `read` and `logits` serve training too.
@@ -326,7 +328,7 @@ class Run:
         self.steps = examples // self.batch    # an epoch; the incomplete last batch is dropped
         self.groups = parameter_groups(model, args)
         self.optimizer = make_optimizer(self.groups, args)
-        total = args.epochs * self.steps
+        total = self.total = round(args.epochs * self.steps)   # a last part of an epoch counts
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, [group["lr"] for group in self.groups], total_steps=total,
             pct_start=0.05 if total != 20 else 0.051)  # a warm-up of one step: division by zero
@@ -343,6 +345,11 @@ class Run:
             self.sums += progress["sums"].to(self.device)
             self.began, self.waited = self.began - progress["seconds"], progress["waited"]
 
+    @property
+    def length(self) -> int:
+        """Steps of this epoch; 0 when training is over."""
+        return max(0, min(self.steps, self.total - self.epoch * self.steps))
+
     def save(self):
         """Writes a checkpoint, unless the weights are spoilt. The first process does it alone: at
         any of its steps it holds the state of all."""
@@ -357,7 +364,7 @@ class Run:
                           f"{step + 1}; {kept} checkpoint")
         content = {"method": self.method, "args": vars(self.args), "data": self.facts,
                    "metrics": self.metrics, "model": self.model.state_dict()}
-        if self.epoch < self.args.epochs:
+        if self.length:
             content["optimizer"] = self.optimizer.state_dict()
             content["scheduler"] = self.scheduler.state_dict()
             content["progress"] = {
@@ -392,7 +399,7 @@ class Run:
     def end_epoch(self, result: dict):
         """Takes in the evaluation, saves, and says how the epoch went."""
         names = ("loss", "reconstruction", "weighted_cluster_loss", "train_accuracy", "train_psnr")
-        row = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.steps).tolist())),
+        row = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.step).tolist())),
                **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result},
                "seconds": time.monotonic() - self.began, "waiting_for_data": self.waited,
                "peak_memory_bytes": (peak := peak_memory(self.device))}
@@ -420,16 +427,25 @@ class Task(NamedTuple):
 def image_task(args, model: MWT, images, test) -> Task:
     device, flip = model.coords.device, args.dataset not in ("digits", "mnist")
 
+    def batches(order):
+        found = images.batches(order, device, args.workers)
+        if not args.cluster_random:
+            return found
+        g, labels = generator("random labels", args.seed), images.labels
+        drawn = labels[torch.randperm(len(labels), generator=g).to(labels.device)]  # sizes stay
+        return ((*batch, drawn[rows.to(drawn.device)].to(device))
+                for rows, batch in zip(order, found))
+
     def prepare(batch, step):
-        pixels, labels = batch
+        pixels, *labels = batch
         if args.augment:
             g = generator("augmentation", args.seed, step, RANK)
             pixels = data.augment(pixels, torch.rand(len(pixels), 6, generator=g).to(device), flip)
         g = generator("pixels", args.seed, step, RANK, device=device)
-        return *model.look(images.signal(pixels), args.steps + 1, g), labels
+        return *model.look(images.signal(pixels), args.steps + 1, g), *labels
 
-    return Task(len(images), lambda order: images.batches(order, device, args.workers), prepare,
-                model, lambda poll: evaluate(model, test, args.steps_test, args.workers, poll))
+    return Task(len(images), batches, prepare, model,
+                lambda poll: evaluate(model, test, args.steps_test, args.workers, poll))
 
 
 def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -> dict:
@@ -440,10 +456,10 @@ def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -
     compiles = args.compile or args.compile is None and run.device.type == "cuda"
     with signals(run.caught):
         try:
-            while run.epoch < args.epochs:
+            while run.length:
                 g = generator("order", args.seed, run.epoch)
-                order = torch.randperm(task.examples, generator=g)[:run.steps * run.batch]
-                order = order.view(run.steps, WORLD, -1)[run.step:, RANK]      # (steps, batch)
+                order = torch.randperm(task.examples, generator=g)[:run.length * run.batch]
+                order = order.view(run.length, WORLD, -1)[run.step:, RANK]     # (steps, batch)
                 batches = task.batches(order)
                 for _ in tqdm(order, f"epoch {run.epoch + 1}/{args.epochs}", leave=False,
                               disable=True if RANK else None):
