@@ -50,7 +50,7 @@ from settings import (FREE, RECIPE, Parser, as_flags, command_line, environment,
 # with what could explain its gain away: more compute (`baseline@LANE`, the baseline trained for as
 # many steps as cost the lane's FLOPs), another column (`column` and `column-random` of `bias`), the
 # mean colour gone (`centred` of `colour`), a second loss whatever its labels (`cluster-random1`).
-# `deeper` says what capacity buys. A contrastive loss needs batches with pairs: `baseline64`.
+# `deeper` is capacity alone. A contrastive loss needs batches with pairs: `baseline64`.
 
 TASK = "another weight of the class loss"
 CLUSTER = "batches of at least 64, and a contrastive loss on phi - theta"
@@ -605,12 +605,12 @@ Points of accuracy, paired by seed. Over n seeds: of the method; over {images}: 
 models of one seed. baseline@: the baseline trained for the lane's compute. Not corrected for their
 number."""
 ABOUT = """\
-C1c, pressure to cluster does not help: supported if purity rises and accuracy falls, against
-baseline64, and falls below that with fixed random labels, the price of any second loss; refuted if
-both rise. C4, acting on the diagnosis helps: supported if above the baseline and the baseline of
-the lane's compute (bias: also column, column-random) and p < 0.05 after Holm's correction over
-lanes, refuted if below both; deeper: what capacity alone buys. Adding up: not additive if all three
-- additive is on one side of 0 in accuracy and in log-odds, additive within 2 points. Points, over
+C1c, pressure to cluster does not help: supported if purity rises and accuracy falls, less
+baseline64, and accuracy falls below that with fixed random labels, the price of any second loss;
+refuted if both rise. C4, acting on the diagnosis helps: supported if over the baseline and over the
+baseline of the lane's compute (bias: over column, column-random too), p < 0.05 by Holm over lanes;
+refuted if under both. deeper: what capacity alone buys. Adding up: not additive if all three -
+additive is on one side of 0 in accuracy and in log-odds, additive within 2 points. Points, over
 seeds; least: the effect that so many seeds show in 80% of repeats. C1 to C3: see diagnostics.py."""
 FACTORIAL = """\
 A factor: with it less without it, averaged over the other two; a x b: the difference of such
