@@ -44,6 +44,8 @@ from train import train_reader
 
 REFERENCE = 2000           # training images for means, principal components and regressions
 UNTRAINED = 5              # readers with initial parameters, to compare with
+WALKED = 5000              # training images of the bank in token flow: six readers walk it
+KNOCKED = 1000             # test images that sub-blocks are knocked out on
 
 
 class Fitted(NamedTuple):
@@ -339,8 +341,10 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
     views = {"pooled": stages} | ({"flattened": list(dict.fromkeys(ends))} if flattened else {})
     walks = [walk(each, bank.tokens, queries.tokens, views.get("flattened", []), f"reader {i + 1}")
              for i, each in enumerate([trace, *untrained])]
-    hits = {view: [{stage: knn10_hits(w, stage, view, known, labels) for stage in names}
-                   for w in walks] for view, names in views.items()}   # [view][reader][stage]: (q,)
+    hits = {}                  # {view: [{stage: (q,)} of each reader, the trained one first]}
+    for view, names in views.items():
+        hits[view] = [{stage: knn10_hits(walked, stage, view, known, labels) for stage in names
+                       if walked is walks[0] or stage in blocks} for walked in walks]
     right = (walks[0].logits.argmax(1) == labels).double()
     half, unseen = unseen_bank(walks[0], known, labels)
     split = torch.randperm(len(labels), generator=generator("halves", seed)).chunk(2)
@@ -352,7 +356,7 @@ def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=Non
         for view, (trained, *others) in hits.items():
             if stage in trained:
                 row[f"{view}_knn10"] = float(trained[stage].mean())
-            if stage in trained and others:
+            if others and stage in others[0]:
                 average = sum(float(each[stage].mean()) for each in others) / len(others)
                 row[f"untrained_{view}_knn10"] = average
         if probes and stage in blocks:
@@ -547,18 +551,20 @@ def run_clustering(case: Case) -> dict:
 def run_token_flow(case: Case) -> dict:
     """And knock-outs, as far as the model has a reader."""
     reader, tokens, untrained = case.model.reader, case.queries.tokens, []
+    bank = case.bank.take(sample(case.bank.labels, WALKED))
     largest = max(x.numel() for _, x in case.model.trace(tokens[:1])[1])
     room = 4 * largest * len(tokens) * 4               # bytes: four stages whole
     if reader is None:
-        return token_flow(case.model.trace, [], case.bank, case.queries, None,
+        return token_flow(case.model.trace, [], bank, case.queries, None,
                           2 * room < free_memory(tokens.device), seed=case.seed)
     for i in range(UNTRAINED):
         with seeded("reader", case.recipe.seed, i):
             other = type(reader)(*reader.arguments).to(tokens.device).requires_grad_(False)
         untrained.append(other.trace)
-    result = token_flow(case.model.trace, untrained, case.bank, case.queries, reader,
+    result = token_flow(case.model.trace, untrained, bank, case.queries, reader,
                         2 * room < free_memory(tokens.device), seed=case.seed)
-    result["knock_outs"] = knock_outs(reader, tokens, case.queries.labels, case.reference.tokens,
+    asked = case.queries.take(sample(case.queries.labels, KNOCKED))
+    result["knock_outs"] = knock_outs(reader, asked.tokens, asked.labels, case.reference.tokens,
                                       case.seed)
     return result
 
@@ -656,9 +662,9 @@ def check_memory(path: str, model, images, test, device):
                          f"made of them, and {room:.1f} are free: {way_out}")
 
 
-def diagnose(path: str, flags, device, write) -> dict:
+def diagnose(path: str, opened: Opened, flags, device, write) -> dict:
     """One checkpoint's report; write(report) is called after each experiment."""
-    model, saved, args, images, test, whole_bank = open_checkpoint(path, flags, device)
+    model, saved, args, images, test, whole_bank = opened
     bank = fit_all(model.fit, images, device, args.workers, "fitting the bank")
     queries = fit_all(model.fit, test, device, args.workers, "fitting the test images")
     logits = by_blocks(model.read, queries.tokens)
@@ -716,7 +722,7 @@ def present(folder: Path, model: dict) -> str:
 
 def save(path: Path, report: dict):
     """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, path)
 
@@ -739,18 +745,19 @@ def make_folders(out: Path, paths: list[str]) -> list[Path]:
 def run(argv: list[str] | None):
     flags = parser().parse_args(argv)
     device, seen, models = find_device(flags.device), {}, []
-    for path in flags.ckpt:                    # all of them before any work
-        same = seen.setdefault(claims.run_of(open_checkpoint(path, flags, device).saved), path)
+    opened = [open_checkpoint(path, flags, device) for path in flags.ckpt]     # before any work
+    for path, checkpoint in zip(flags.ckpt, opened):
+        same = seen.setdefault(claims.run_of(checkpoint.saved), path)
         if same != path or flags.ckpt.count(path) > 1:
             raise InputError(f"--ckpt: {same} and {path} are the same run")
     out = Path(flags.out or str(Path(flags.ckpt[0]).with_suffix("")) + "-diagnostics")
     command = ["python", "diagnostics.py", *(sys.argv[1:] if argv is None else argv)]
     about = environment(device) | {"command": shlex.join(command), "flags": vars(flags)}
-    for path, folder in zip(flags.ckpt, make_folders(out, flags.ckpt)):
+    for path, checkpoint, folder in zip(flags.ckpt, opened, make_folders(out, flags.ckpt)):
         def write(report: dict):
             save(folder / "report.json", about | {"model": report})
 
-        model = diagnose(path, flags, device, write)
+        model = diagnose(path, checkpoint, flags, device, write)
         model["summary"] = claims.summary(model)
         write(model)
         print(f"== {path}\n\n{present(folder, model)}\nwrote {folder}/report.json and figures\n",

@@ -44,12 +44,12 @@ class MetaSGD(nn.Module):
         super().__init__()
         self.steps, self.shared = steps, shared
         self.recompute = False      # True: the backward pass computes each step again: less memory
-        anchor = siren.anchor()
-        # Step by step, so that more steps start from the same step sizes plus more.
-        drawn = [[torch.empty(w.shape, dtype=w.dtype).uniform_(0.1, 1) for w in anchor]
-                 for _ in range(1 if shared else steps)]
-        for name, alpha in zip(anchor._fields, zip(*drawn)):
-            self.register_parameter(name, nn.Parameter(torch.stack(alpha)))
+        count = 1 if shared else steps
+        for name, w in siren.anchor()._asdict().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(count, *w.shape)))
+        for j in range(count):      # so that more steps start from the same step sizes plus more
+            for alpha in self.parameters():
+                nn.init.uniform_(alpha[j], 0.1, 1)
 
     def forward(self, siren, coords: Tensor, values: Tensor, steps=None, fraction=1.0):
         """phi, as Weights with a leading N, after `steps` (default k) steps on values (N, P, C) at

@@ -258,7 +258,7 @@ def cut_bias(losses: Losses, bias: Tensor, reference: Tensor) -> float:
             return x - lost[..., None] @ bias.mT
         return change
 
-    for r in [0] + [2 ** i for i in range(20) if 2 ** i <= len(variances)]:
+    for r in [0] + [2 ** i for i in range(6) if 2 ** i <= len(variances)]:
         losses.add("rank", f"bias column, rank {r}", [cut(r)], rank=r,
                    energy=shares[r - 1] if r else 0.0)
     return effective_rank(variances)
