@@ -113,17 +113,17 @@ def late_verdict(views: dict, blocks: int) -> str:
 
 def route_verdict(controls: dict, reader: float, chance: float) -> str:
     """C3: the loss with the bias column exchanged less that of each control of its size: supported
-    above 2 points against both, refuted below 0 against either.
-    controls: {name: {"number", "margin"}}."""
+    above 2 points against both, refuted below 0 against either; one larger than the bias column
+    refutes nothing. controls: {name: {"number", "size" over the bias column's, "margin"}}."""
     if reader - chance < FLOOR:
         return "no verdict: floor (the reader is hardly above chance)"
     sets = controls.get("random columns", {"number": 0})["number"]
     if sets < ENOUGH or "principal components" not in controls:
         return (f"no verdict: too few controls of the bias column's size ({sets} sets of columns, "
                 f"{len(controls) - (sets > 0)} of components)")
-    margins = [control["margin"] for control in controls.values()]
-    return decide(all(side(margin, POINTS) > 0 for margin in margins),
-                  any(side(margin, 0) < 0 for margin in margins))
+    return decide(all(side(each["margin"], POINTS) > 0 for each in controls.values()),
+                  any(side(each["margin"], 0) < 0 for each in controls.values()
+                      if each["size"] < 1.1))
 
 
 def helps_verdict(contrasts: dict, detectable: float, p: float | None) -> str:
@@ -172,11 +172,11 @@ def flow_claims(f: dict) -> list[str]:
 
 def route_claims(b: dict) -> list[str]:
     verdict = route_verdict(b["controls"], b["reader"], b["chance"])
-    found = "; ".join(f"{each['number']} sets of {name} {span(each['margin'], 100)}"
-                      for name, each in b["controls"].items())
+    found = "; ".join(f"{each['number']} sets of {name} ({each['size']:.2g} times its size) "
+                      f"{span(each['margin'], 100)}" for name, each in b["controls"].items())
     return [f"C3, the bias column is a route beyond its size: {verdict}. Loss when exchanged "
-            f"{span(b['permuted'], 100)} points; less that of what has its size: {found or 'none'};"
-            " rule: supported > 2 against both, refuted < 0 against either"]
+            f"{span(b['permuted'], 100)} points; less that of {found or 'nothing of its size'}; "
+            "rule: supported > 2 against both, refuted < 0 against either"]
 
 
 def at_rank(told: dict, r: int) -> dict:
@@ -263,7 +263,8 @@ def point(model: dict) -> dict:
     if b := done.get("bias-route"):
         found |= {"permuted": b["permuted"][0], "above_sets": b.get("above_sets")}
         for name, control in b.get("controls", {}).items():
-            found |= {f"margin {name}": control["margin"][0], f"number {name}": control["number"]}
+            found |= {f"margin {name}": control["margin"][0], f"number {name}": control["number"],
+                      f"size {name}": control["size"]}
     return found
 
 
@@ -295,6 +296,7 @@ def seed_claims(row: dict, same: list[dict]) -> list[str]:
                           for view, each in views.items())
         lines.append(f"C2a, {label}: {verdict}. Late - early rise of 10-NN, points: {found}")
     controls = {name: {"number": min(p[f"number {name}"] for p in same),
+                       "size": max(p[f"size {name}"] for p in same),
                        "margin": row[f"margin {name}"]}
                 for name in ("random columns", "principal components") if f"margin {name}" in row}
     if "permuted" in row:

@@ -44,7 +44,8 @@ def by_blocks(f, x: Tensor) -> Tensor:
 # column is coherent, of a low rank r over all its entries, r consecutive principal components of
 # all other entries. Donors are the same for every part. C3 is supported if exchanging the bias
 # column costs more than 2 points more than either control, refuted if it costs less than one of
-# them; fewer than ten sets decide nothing (claims.route_verdict).
+# them; fewer than ten sets decide nothing (claims.route_verdict). Where no r components have its
+# size, the next larger ones stand in: they can support C3, not refute it.
 #
 # Other routes stand beside them, none of them a control, whatever their size: the leading
 # direction, the column of highest energy, the most expensive of 64 single columns.
@@ -119,9 +120,10 @@ def grown_set(M: Tensor, size: float, allowed: Tensor, g) -> tuple | None:
     return None
 
 
-def matched_components(tokens: Tensor, bias: Tensor, r: int, size: float, embed) -> list[Tensor]:
-    """Bases (T * D, r): r consecutive principal components of all entries but the bias column's, of
-    the same size as `exchange_sizes` has it, within 10%; at most WINDOWS of all there are."""
+def matched_components(tokens: Tensor, bias: Tensor, r: int, size: float, embed) -> tuple:
+    """Bases (T * D, r), and their mean size over the bias column's: r consecutive principal
+    components of all entries but the bias column's, of its size, as `exchange_sizes` has it, within
+    10%; at most WINDOWS of all there are. Where none fits, the smallest that is larger."""
     rest = tokens - columns(bias)(tokens)
     _, P, variances = principal(rest.flatten(1))                           # (T * D, n)
     directions = P.T.unflatten(1, tokens.shape[1:])                        # (n, T, D)
@@ -129,10 +131,14 @@ def matched_components(tokens: Tensor, bias: Tensor, r: int, size: float, embed)
         directions = by_blocks(lambda block: block @ embed.T, directions)
     each = variances * directions.double().square().sum((1, 2))            # (n,)
     sums = F.pad(each.cumsum(0), (1, 0))
-    fitting = ((sums[r:] - sums[:-r]) / size - 1).abs() < 0.1
-    starts = fitting.nonzero().flatten().tolist()
+    ratios = (sums[r:] - sums[:-r]) / size                                 # of each window
+    starts = ((ratios - 1).abs() < 0.1).nonzero().flatten()
+    if not len(starts):
+        starts = (ratios >= 1).nonzero().flatten()[-1:]
     picked = torch.linspace(0, len(starts) - 1, min(WINDOWS, len(starts))).round().long()
-    return [P[:, starts[i]:starts[i] + r] for i in picked.tolist()]
+    found = starts[picked.to(starts.device)]
+    ratio = float(ratios[found].mean()) if len(found) else None
+    return [P[:, i:i + r] for i in found.tolist()], ratio
 
 
 def other_routes(tokens: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,15 +271,15 @@ def cut_bias(losses: Losses, bias: Tensor, reference: Tensor) -> float:
 
 
 def matched_controls(reference: Tensor, bias: Tensor, embed, rank: float, seed: int) -> dict:
-    """{control: its parts}: what has the bias column's size."""
+    """{control: (its parts, their size over the bias column's)}."""
     M = exchange_sizes(reference, embed)
     size, eye = float((bias.double().T @ M @ bias.double())), torch.eye(len(bias)).to(bias)
     others = (bias[:, 0] == 0).nonzero().flatten()
     sets = matched_sets(M, size, others, SETS, seed) if size > 0 else []
     r = max(1, round(rank))
-    bases = matched_components(reference, bias, r, size, embed) if size > 0 else []
-    return {"random columns": [columns(eye[:, list(s)]) for s in sets],
-            "principal components": [components(P) for P in bases]}
+    bases, ratio = matched_components(reference, bias, r, size, embed) if size > 0 else ([], None)
+    return {"random columns": ([columns(eye[:, list(s)]) for s in sets], 1.0),
+            "principal components": ([components(P) for P in bases], ratio)}
 
 
 def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: dict[str, Tensor],
@@ -290,13 +296,13 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
     of_bias = losses.add("replaced", "another image's", swaps(columns(bias), repeats))
     replace_bias(losses, bias, reference, seed, repeats)
     rank, margins, above_sets = cut_bias(losses, bias, reference), {}, None
-    for name, group in matched_controls(reference, bias, embed, rank, seed).items():
+    for name, (group, size) in matched_controls(reference, bias, embed, rank, seed).items():
         if group:
             changes = [exchanged(part, tokens, orders[s % repeats]) for s, part in enumerate(group)]
             loss = losses.add("control", name, changes)
             # The s-th control against the bias column from the same donors.
             pairs = of_bias[:, torch.arange(len(group)) % repeats] - loss
-            margins[name] = {"number": len(group),
+            margins[name] = {"number": len(group), "size": size,
                              "margin": bootstrap(pairs, over_repeats(seed), seed)}
             if name == "random columns":
                 above_sets = float((loss.mean(0) < of_bias.mean()).double().mean())

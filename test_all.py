@@ -1616,11 +1616,13 @@ def test_controls_have_the_size_of_the_bias_column():
     for s in large:
         assert abs(float(M[list(s)][:, list(s)].sum()) / float(M[8:12, 8:12].sum()) - 1) < 0.1
     assert routes.matched_sets(M, 1e9, others, 10) == [] == routes.matched_sets(M, 1e-9, others, 10)
-    found = routes.matched_components(x, bias, 2, of_bias / 8, W)
-    assert 1 <= len(found) <= 5
+    found, ratio = routes.matched_components(x, bias, 2, of_bias / 8, W)
+    assert 1 <= len(found) <= 5 and abs(ratio - 1) < 0.1
     for P in found:
         assert P.shape == (65, 2) and P.view(5, 13, 2)[:, -1].abs().max() < 1e-5
         assert abs(size(routes.components(P)) / (of_bias / 4) - 1) < 0.101
+    _, larger = routes.matched_components(x, bias, 59, of_bias / 8, W)         # of so many none is that small
+    assert larger > 1.1 and routes.matched_components(x, bias, 2, 1e9, W) == ([], None)
     named = routes.other_routes(x, {"bias column": bias, "two": eye[:, 2:4]})
     assert named["column of highest energy"].argmax() == 11 and torch.equal(named["two"], eye[:, 2:4])
     energy = lambda U: float(((x - x.mean(0)) @ U).square().sum())
@@ -1785,12 +1787,13 @@ def test_every_verdict():
         "supported", "refuted", "depends on the view", "not decided here", "not decided here"]
     assert late(up, up, rise=flat) == "not decided here" and late(up, up, blocks=1).startswith("no verdict: fewer")
 
-    def route(sets, components, number=20, reader=0.5):
-        found = {"random columns": {"number": number, "margin": sets}}
-        found |= {"principal components": {"number": 5, "margin": components}} if components else {}
+    def route(sets, components, number=20, reader=0.5, size=1.0):
+        found = {"random columns": {"number": number, "size": 1.0, "margin": sets}}
+        found |= {"principal components": {"number": 5, "size": size, "margin": components}} if components else {}
         return claims.route_verdict(found, reader, 0.1)
     assert [route(up, up), route(up, down), route(flat, up), route(about(0.01), up)] == [
         "supported", "refuted", "not decided here", "not decided here"]
+    assert route(up, up, size=1.2) == "supported" and route(up, down, size=1.2) == "not decided here"
     assert all(found.startswith("no verdict: too few") for found in (route(up, up, number=9), route(up, None)))
     assert route(up, up, reader=0.15).startswith("no verdict: floor")
 
@@ -1804,7 +1807,7 @@ def test_every_verdict():
 def model_report(setting, seed, gap, margin=0.05, late=0.1, stages=(0.5, 0.5)) -> dict:
     """A planted report of diagnostics.py, as the comparison takes it in."""
     opponent = {"accuracy": 0.4, "gap": about(gap), "pixels": 0.3, "best": ["x"], "over_pixels": about(0.1)}
-    control = {"number": 20, "margin": about(margin)}
+    control = {"number": 20, "size": 1.0, "margin": about(margin)}
     view = {"rise": about(0.2), "late_less_early": about(late)}
     return {"name": f"{setting}-{seed}", "reader": 0.4 + gap, "bank": 100,
             "training": {"seed": seed, "w_task": setting, "width": 8}, "experiments": {
