@@ -604,7 +604,7 @@ def parser() -> Parser:
                    metavar="EXPERIMENT", help=f"some of {', '.join(EXPERIMENT)} (default: all but "
                    "the last, which trains)")
     p.add_argument("--samples", type=whole(24), help="so many training images (default all)")
-    p.add_argument("--repeats", type=whole(1), default=5, help="of each random choice (default 5)")
+    p.add_argument("--repeats", type=whole(1), default=3, help="of each random choice (default 3)")
     p.add_argument("--seed", type=whole(0), default=0, help="of random choices and intervals")
     p.add_argument("--dataset", help="other data than the checkpoint was trained on")
     p.add_argument("--data-root", help="folder of the downloaded data sets (default: the run's)")
