@@ -85,8 +85,9 @@ def lines(axis, rows: list[dict], series: list[tuple]):
     place_axis(axis, [row["stage"] for row in rows])
     for key, style, name in series:
         if rows[-1].get(key) is not None:
-            y = [math.nan if row.get(key) is None else 100 * row[key] for row in rows]
-            axis.plot(y, style, markersize=4, label=name)
+            there = [i for i, row in enumerate(rows) if row.get(key) is not None]
+            y = [100 * rows[i][key] for i in there]
+            axis.plot(there, y, style, markersize=4, label=name)
 
 
 def curves(axis, points: list[tuple], factor: float = 1):
