@@ -357,8 +357,8 @@ def across(models: list[dict], seed: int = 0) -> dict:
 
 
 ACROSS = {"reader": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",
-          "G on pixels": "pixels G", "L on pixels": "pixels L", "late pooled": "late",
-          "late flattened": "all late", "permuted": "bias", "margin random columns": "- sets",
+          "G on pixels": "px G", "L on pixels": "px L", "late pooled": "late",
+          "late flattened": "all", "permuted": "bias", "margin random columns": "- sets",
           "margin principal components": "- comp."}
 
 
@@ -369,7 +369,7 @@ def across_table(result: dict) -> str:
     lines = [table(["model", "", *(ACROSS[key] for key in keys)],
                    [[p["name"][:24], p["label"], *(percent(p.get(key)) for key in keys)]
                     for p in points]),
-             "late: late - early rise of 10-NN on the mean token, all late: on all tokens; bias: "
+             "px: on pixels; late: late - early rise of 10-NN on the mean token, all: on all tokens; bias: "
              "loss with the bias column exchanged, and that less its controls'; points"]
     if result["correlations"]:
         values = ", ".join(f"{name} {rho[0]:+.2f}" for name, rho in result["correlations"].items())
