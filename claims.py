@@ -369,8 +369,8 @@ def across_table(result: dict) -> str:
     lines = [table(["model", "", *(ACROSS[key] for key in keys)],
                    [[p["name"][:24], p["label"], *(percent(p.get(key)) for key in keys)]
                     for p in points]),
-             "px: on pixels; late: late - early rise of 10-NN on the mean token, all: on all tokens;"
-             " bias: loss with the bias column exchanged, and that less its controls'; points"]
+             "px: on pixels; late: late - early rise of 10-NN on the mean token, all: of all; "
+             "bias: loss with the bias column exchanged, and that less its controls'; points"]
     if result["correlations"]:
         values = ", ".join(f"{name} {rho[0]:+.2f}" for name, rho in result["correlations"].items())
         lines.append(f"Spearman's rho of purity and accuracy ({result['models']} models, "
