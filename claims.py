@@ -166,13 +166,15 @@ def flow_claims(f: dict) -> list[str]:
     names = {"pooled": "mean token", "flattened": "all tokens flattened"}
     found = "; ".join(f"{names[view]}: {span(each['rise'], 100)}, late - early "
                       f"{span(each['late_less_early'], 100)}" for view, each in f["rises"].items())
+    if len(f["rises"]) == 1:
+        found += "; all tokens flattened: not looked at, for want of memory"
     return [f"C2a, classes come apart late: {verdict}. Rise of 10-NN over untrained readers, "
             f"points, {found}; rule: late - early > 0 in both views, refuted < 0 in both"]
 
 
 def route_claims(b: dict) -> list[str]:
     verdict = route_verdict(b["controls"], b["reader"], b["chance"])
-    found = "; ".join(f"{each['number']} sets of {name} ({each['size']:.2g} times its size) "
+    found = "; ".join(f"{each['number']} sets of {name} ({each['size']:.1f} times its size) "
                       f"{span(each['margin'], 100)}" for name, each in b["controls"].items())
     return [f"C3, the bias column is a route beyond its size: {verdict}. Loss when exchanged "
             f"{span(b['permuted'], 100)} points; less that of {found or 'nothing of its size'}; "

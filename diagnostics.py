@@ -672,6 +672,8 @@ def diagnose(path: str, opened: Opened, flags, device, write) -> dict:
         raise InputError(f"{path}: its fits or predictions are not finite")
     guesses, recipe = logits.argmax(-1), argparse.Namespace(**RECIPE | saved["args"])
     right, missing, done = int((guesses == queries.labels).sum()), left_out(model), {}
+    if recipe.steps_test not in (None, recipe.steps):
+        missing["--steps-test"] = f"all is fitted with {recipe.steps} steps, as in training"
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
               "command": command_line(argparse.Namespace(**saved["args"]),
                                       METHODS[saved["method"]]),

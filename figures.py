@@ -251,12 +251,14 @@ def knocked_out(axis, result: dict, where: str):
 def exchanged(axis, result: dict, groups: tuple):
     """Rows of these groups; without "replaced" the bias column exchanged alone."""
     styles = {"replaced": ("bias column: ", "C0o"),
-              "control": ("same size: ", "C1s"), "route": ("another route: ", "C7d")}
+              "control": ("control of its size: ", "C1s"), "route": ("another route: ", "C7d")}
     rows = [] if "replaced" in groups else [("bias column", result["permuted"], "C0o")]
     for row in result["rows"]:
         if row["group"] in groups:
             prefix, style = styles[row["group"]]
-            rows.append((prefix + row["name"], row["loss"], style))
+            size = result["controls"].get(row["name"], {"size": 1})["size"]
+            larger = f", {size:.1f} times as large" if size > 1.1 else ""
+            rows.append((prefix + row["name"] + larger, row["loss"], style))
     single = result["single_columns"]
     rows.append((f"another route: most expensive of {single['columns']} columns",
                  single["largest"], "C7d"))

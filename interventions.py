@@ -358,7 +358,7 @@ def diagnose(args) -> dict:
     model.bf16 = False                         # small differences are compared
     images, test = load_dataset(args, device)
     bank, queries = (fit_all(model.fit, x, device, args.workers) for x in (images, test))
-    with seeded("reader", args.seed):
+    with seeded("reader", args.seed, 0):       # as diagnostics.py has its first one
         untrained = type(model.reader)(*model.reader.arguments).to(device).requires_grad_(False)
     guesses, labels = predictions(model, queries), queries.labels
     geometry = clustering(coordinate_systems(model, bank, queries), bank.labels, labels, guesses,

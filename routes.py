@@ -335,10 +335,12 @@ def single_columns(losses: Losses, bias: Tensor, order: Tensor) -> dict:
 
 def bias_table(result: dict) -> str:
     titles = {"replaced": "bias column: ", "kept": "kept, all else at its mean: ", "rank": "",
-              "control": "same size: ", "route": "another route: "}
+              "control": "control of its size: ", "route": "another route: "}
     rows = []
     for row in result["rows"]:
-        rows.append([titles[row["group"]] + row["name"], span(row["loss"], 100),
+        size = result["controls"].get(row["name"], {"size": 1})["size"]
+        larger = f", {size:.1f} times as large" if size > 1.1 else ""
+        rows.append([titles[row["group"]] + row["name"] + larger, span(row["loss"], 100),
                      str(row["repeats"]), percent(row.get("energy"))])
     single = result["single_columns"]
     rows.append([f"another route: most expensive of {single['columns']} columns",
