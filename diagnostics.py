@@ -222,16 +222,18 @@ def clustering_table(result: dict) -> str:
 def walk(trace, tokens: Tensor, flattened=()) -> tuple[Tensor, dict, dict]:
     """One pass through a reader: logits, {stage: mean token (n, width)} and, of the stages named,
     {stage: all tokens (n, T * width)}. trace: tokens -> logits, [(stage, state), ...]."""
-    logits, pooled, whole_states = [], {}, {stage: [] for stage in flattened}
-    for block in tqdm(tokens.split(BLOCK), "token flow", leave=False, disable=None):
-        output, states = trace(block)
+    logits, pooled, whole_states = [], {}, {}
+    for rows in tqdm(torch.arange(len(tokens)).split(BLOCK), "token flow", leave=False,
+                     disable=None):
+        output, states = trace(tokens[rows])
         logits.append(output)
-        for stage, state in [("input tokens", block), *states]:
+        for stage, state in [("input tokens", tokens[rows]), *states]:
             pooled.setdefault(stage, []).append(state.mean(1))
-            if stage in whole_states:
-                whole_states[stage].append(state.flatten(1))
-    return (torch.cat(logits), *({stage: torch.cat(blocks) for stage, blocks in each.items()}
-                                 for each in (pooled, whole_states)))
+            if stage in flattened:
+                room = state.new_empty(len(tokens), state[0].numel())
+                whole_states.setdefault(stage, room)[rows] = state.flatten(1)
+    pooled = {stage: torch.cat(blocks) for stage, blocks in pooled.items()}
+    return torch.cat(logits), pooled, whole_states
 
 
 def whole_blocks(stages: list[str], reader) -> list[str]:
@@ -431,7 +433,7 @@ def run_token_flow(case: Case) -> dict:
     reader, queries, device = case.model.reader, case.queries, case.guesses.device
     bank = case.bank.take(sample(case.bank.labels, WALKED))
     largest = max(x.numel() for _, x in case.model.trace(queries.tokens[:1])[1])
-    held = 4 * largest * (len(bank.labels) + len(queries.labels)) * 6      # bytes of whole states
+    held = 5 * 4 * largest * (len(bank.labels) + len(queries.labels))  # bytes of four whole states
     untrained = []
     for i in range(UNTRAINED if reader is not None else 0):
         with seeded("reader", case.recipe.seed, i):

@@ -293,9 +293,9 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
 
 
 def single_columns(losses: Losses, bias: Tensor, order: Tensor) -> dict:
-    """64 other columns, each exchanged alone, on at most 250 images: the most expensive, chosen on
-    one half of the images, measured on the other."""
-    images = stratified_sample(losses.labels, min(250, len(losses.labels)))
+    """64 other columns, each exchanged alone, on a third of the images, at most 250: the most
+    expensive, chosen on one half of them, measured on the other."""
+    images = stratified_sample(losses.labels, min(250, len(losses.labels) // 3))
     eye = torch.eye(len(bias)).to(bias)
     others = (bias[:, 0] == 0).nonzero().flatten()
     picked = torch.linspace(0, len(others) - 1, min(64, len(others))).round().long()
