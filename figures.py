@@ -191,14 +191,13 @@ def cost_figure(path: Path, report: dict):
 def hypernetwork_figure(path: Path, report: dict, shown: dict):
     """Pictures above what was measured of the latents z.
 
-    shown: {"images", "rebuilt": (n, C, h, w); "z path", "weights path": pictures on the way from
-    one image to another, (m, C, h, w); "weights": (m, T, D) on the first of these ways; "map":
-    (q, 2); "labels": (q,)}."""
-    rows = {"image": "images", "from its z": "rebuilt", "between two z": "z path",
-            "the weights there": "weights", "between their\nweights": "weights path"}
-    figure = Figure(figsize=(13, 13.5), layout="constrained", dpi=110)
+    shown: {"images", "rebuilt": (n, C, h, w); "path": pictures on the way from one z to another
+    (m, C, h, w); "weights": theirs (m, T, D); "map": (q, 2); "labels": (q,)}."""
+    rows = {"image": "images", "from its z": "rebuilt", "between two z": "path",
+            "the weights there": "weights"}
+    figure = Figure(figsize=(13, 12), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
-    grid = top.subplots(len(rows), len(shown["z path"]), squeeze=False)
+    grid = top.subplots(len(rows), len(shown["path"]), squeeze=False)
     limit = np.abs(shown["weights"]).max()
     for line, (name, key) in zip(grid, rows.items()):
         for axis, image in itertools.zip_longest(line, shown[key]):
