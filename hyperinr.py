@@ -22,13 +22,15 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from tqdm import tqdm
 
 import figures
 import settings
-from checkpoint import InputError, exits, generator, read_checkpoint, save_checkpoint, seeded
+from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
+                        seeded)
 from data import load_dataset
 from measures import (DECAYS, PENALTIES, fit_linear, fit_mlp, fit_probe, knn_predict,
                       nearest_mean_predict, paired_bootstrap, principal, wilson)
@@ -54,47 +56,47 @@ class HyperINR(nn.Module):
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()
-        self.args, self.fitted = args, {}                      # {an image's bytes: its z}
-        width, depth, inputs = args.width, args.depth, 2
+        self.args, self.fitted, width = args, {}, args.width   # fitted: {an image's bytes: its z}
         with seeded("hyperinr", args.seed):
-            if args.fourier:               # fixed, with the frequencies of a SIREN's first layer
-                inputs = width // 2 * 2
-                self.register_buffer("frequencies", args.omega * (torch.rand(width // 2, 2) - 0.5))
-            bounds = [math.sqrt(6 / inputs) if args.fourier else 1 / inputs,
-                      *[math.sqrt(6 / width)] * depth, 1 / math.sqrt(width)]
-            self.shapes = [(width, inputs), *[(width, width)] * depth, (channels, width)]
-            start = [torch.cat([torch.empty(shape).uniform_(-b, b), torch.zeros(shape[0], 1)], 1)
-                     for shape, b in zip(self.shapes, bounds)]
+            grid = coordinate_grid(args.size, args.size)                       # (P, 2)
+            inputs = args.omega * F.pad(grid, (0, 1), value=1)                 # (P, 3)
+            self.activation, bound = torch.sin, 1 / 2
+            if args.fourier:               # Tancik et al., NeurIPS 2020; a SIREN's frequencies
+                angles = args.omega * grid @ (torch.rand(2, width // 2) - 0.5)
+                inputs = F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, 1), value=1)
+                self.activation, bound = torch.relu, math.sqrt(6 / (inputs.shape[1] - 1))
+            self.shapes = [(width, inputs.shape[1]), *[(width, width + 1)] * args.depth,
+                           (channels, width + 1)]
+            bounds = [bound, *[math.sqrt(6 / width)] * args.depth, 1 / math.sqrt(width)]
+            start = [torch.empty(shape).uniform_(-b, b) for shape, b in zip(self.shapes, bounds)]
+            for layer in start:
+                layer[:, -1] = 0
             self.H = nn.Sequential(nn.Linear(args.latent, HIDDEN), nn.Tanh(),
                                    nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
-                                   nn.Linear(HIDDEN, sum(w.numel() for w in start)))
+                                   nn.Linear(HIDDEN, sum(map(math.prod, self.shapes))))
             nn.init.uniform_(self.H[-1].weight, -0.01, 0.01)   # all images start near H(0)
-            self.H[-1].bias.data = torch.cat([w.flatten() for w in start])
+            self.H[-1].bias.data = torch.cat([layer.flatten() for layer in start])
         with seeded("reader", args.seed):
-            self.reader = Reader(depth * width, width, classes, width + 1, args.reader_depth,
+            self.reader = Reader(args.depth * width, width, classes, width + 1, args.reader_depth,
                                  args.head_dim, args.mlp_ratio, args.token_scale)
-        self.register_buffer("coords", coordinate_grid(args.size, args.size), persistent=False)
+        self.register_buffer("inputs", inputs)
 
     def weights(self, z: Tensor) -> list[Tensor]:
         """Latents (..., l) -> each layer's rows of weights, the bias last (..., out, in + 1)."""
-        layers = self.H(z).split([rows * (n + 1) for rows, n in self.shapes], -1)
-        return [w.unflatten(-1, (rows, n + 1)) for w, (rows, n) in zip(layers, self.shapes)]
+        layers = self.H(z).split([*map(math.prod, self.shapes)], -1)
+        return [layer.unflatten(-1, shape) for layer, shape in zip(layers, self.shapes)]
 
-    def field(self, weights: list[Tensor], coords: Tensor) -> Tensor:
-        """Pixel values (..., P, C) at coords (P, 2)."""
+    def field(self, weights: list[Tensor], inputs: Tensor) -> Tensor:
+        """Pixel values (..., P, C) at inputs (P, in + 1): omega (y, x, 1), or features and 1."""
         first, *hidden, head = weights
-        if self.args.fourier:              # Tancik et al., NeurIPS 2020
-            angles = coords @ self.frequencies.mT
-            a = torch.relu(affine(torch.cat([angles.sin(), angles.cos()], -1), first))
-        else:
-            a = torch.sin(self.args.omega * affine(coords, first))             # (..., P, width)
+        a = self.activation(inputs @ first.mT)                                 # (..., P, width)
         for weight in hidden:
-            a = (torch.relu if self.args.fourier else torch.sin)(affine(a, weight))
+            a = self.activation(affine(a, weight))
         return affine(a, head)
 
     def render(self, z: Tensor) -> Tensor:
         """Latents (..., l) -> pixels (..., D), in the order of `flat`."""
-        return self.field(self.weights(z), self.coords).flatten(-2)
+        return self.field(self.weights(z), self.inputs).flatten(-2)
 
     def descend(self, z: Tensor, x: Tensor, lambda_z: float) -> Tensor:
         """z (N, l) after FIT_STEPS of Adam down L, for pixels x (N, D)."""
@@ -133,7 +135,7 @@ class HyperINR(nn.Module):
     @torch.no_grad()
     def show(self, z: Tensor) -> Tensor:
         """Pictures (N, C, size, size)."""
-        pixels = self.field(self.weights(z), self.coords).mT.clamp(-1, 1)      # (N, C, P)
+        pixels = self.field(self.weights(z), self.inputs).mT.clamp(-1, 1)      # (N, C, P)
         return pixels.unflatten(-1, (self.args.size, self.args.size))
 
     # What diagnostics.py asks of a method.
@@ -148,7 +150,7 @@ class HyperINR(nn.Module):
         return self.reader.trace(tokens)
 
     def parts(self) -> dict[str, Tensor]:
-        return {"bias column": torch.eye(self.args.width + 1, device=self.coords.device)[:, -1:]}
+        return {"bias column": torch.eye(self.args.width + 1, device=self.inputs.device)[:, -1:]}
 
     def coordinates(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         return {"z": self.latents(images)}
@@ -173,16 +175,15 @@ def from_checkpoint(content: dict, device="cpu") -> HyperINR:
     with torch.device("meta"):             # takes no memory: the sizes are only claims
         model = HyperINR(args, channels, len(classes))
     model.load_state_dict(content["model"], assign=True)
-    model.coords = coordinate_grid(args.size, args.size)
     return model.to(device)
 
 
 # ---- Joint training ------------------------------------------------------------------------------
 
 def train_jointly(model: HyperINR, images, content: dict | None) -> list[float]:
-    """Trains H and a z for each of `images`, a `data.Images`, and saves after each epoch; returns
-    each epoch's PSNR (dB). content: a checkpoint to go on from."""
-    args, device, psnrs = model.args, model.coords.device, []
+    """Trains H and a z for each of `images` (a `data.Images`), saving after each epoch; returns the
+    PSNR (dB) of each. content: a checkpoint to go on from."""
+    args, device, psnrs = model.args, model.inputs.device, []
     latents = nn.Embedding(len(images), args.latent, sparse=True).to(device)
     nn.init.zeros_(latents.weight)
     adam = torch.optim.Adam(model.H.parameters())
@@ -192,19 +193,20 @@ def train_jointly(model: HyperINR, images, content: dict | None) -> list[float]:
         psnrs = content["metrics"]["train_psnr"]
         for part, state in zip(parts, content.get("optimizer", [])):
             part.load_state_dict(state)
-    count = max(1, int(args.fraction * len(model.coords) + 1e-9))
+    count = max(1, int(args.fraction * len(model.inputs) + 1e-9))
     bar = tqdm(range(len(psnrs), args.joint_epochs), "training", leave=False, disable=None)
     for epoch in bar:
         g, total = generator("order", args.seed, epoch), 0.0
         order = torch.randperm(len(images), generator=g).split(BATCH)
         batches = images.batches(order, device, args.workers)
         for step, (rows, (batch, _)) in enumerate(zip(order, batches)):
-            pixels = torch.randperm(len(model.coords), generator=g)[:count].to(device)
+            done = (epoch + step / len(order)) / args.joint_epochs
+            pixels = torch.randperm(len(model.inputs), generator=g)[:count].to(device)
             x, z = images.signal(batch).flatten(2).mT[:, pixels], latents(rows.to(device))
-            error = (model.field(model.weights(z), model.coords[pixels]) - x).square().mean((1, 2))
+            error = (model.field(model.weights(z), model.inputs[pixels]) - x).square().mean((1, 2))
             (error + args.lambda_z * z.square().sum(1)).mean().backward()
             for optimizer, peak in ((adam, LR_H), (adam_z, LR_Z)):
-                set_rate(optimizer, peak, (epoch + step / len(order)) / args.joint_epochs)
+                set_rate(optimizer, peak, done)
                 optimizer.step()
                 optimizer.zero_grad()
             total += float(psnr(error.detach()).sum())
@@ -225,14 +227,15 @@ def save(model: HyperINR, images, metrics: dict, **unfinished):
 #
 # On n test images x (n, D), in float64. render: one z (l,) -> its pixels (D,).
 
-ZERO = 1e-8                # a gradient is 0; an eigenvalue is, over the largest
+ZERO = 1e-8                # a gradient below is 0; so is an eigenvalue, over the largest
 SAME, ALIKE = 1e-3, 0.02   # same z: over the distance between images; same picture: rms of pixels
-SHARE = 0.95               # of refits end at the same z, at least
-SIZES, SIZE, ERROR = (1e-4, 1e-3, 1e-2, 1e-1), 1e-3, 0.01      # at |dX| = SIZE |X|: of |dz|, at most
+SHARE = 0.95               # of refits must end at the same z
+SIZES = (1e-4, 1e-3, 1e-2, 1e-1)           # |dX| / |X|
+SIZE, ERROR = 1e-3, 0.01   # at this size dz must be predicted up to this share of it
 
 
 def objective(render, lambda_z: float):
-    """L of one latent z (l,) and one image x (D,)."""
+    """The function L of one latent z (l,) and one image x (D,)."""
     return lambda z, x: (render(z) - x).square().mean() + lambda_z * z.square().sum()
 
 
@@ -346,27 +349,40 @@ def measure(model: HyperINR, images: Tensor) -> dict:
 
 
 def verdicts(found: dict) -> dict[str, str]:
-    """{condition: what became of it on all images} of what `measure` returned."""
+    """{condition: does it hold, on all images?} of what `measure` returned."""
     def outcome(holds: bool, without_penalty: bool = True) -> str:
-        alone = "holds" if without_penalty else "holds only by the penalty"
-        return alone if holds else "does not hold"
+        if not holds:
+            return "does not hold"
+        return "holds" if without_penalty else "holds only by the penalty"
 
     floor = ZERO * found["largest eigenvalue of L''"][2]
+    definite, alone = (found[name][1] > floor for name in (
+        "smallest eigenvalue of L''", "... without the penalty's share"))
     full = found["rank of J^T J"][1] == found["latent"]
-    without, refits = found["refits"]["no penalty"], found["refits"]["penalty"]
-    worst = max(row["newton"][0] for row in found["predictions"] if row["size"] == SIZE)
-    unique = {f"the same z from {start} start": outcome(row["same z"] >= SHARE,
-                                                        without[start]["same z"] >= SHARE)
-              for start, row in refits.items()}
-    return {"L' = 0": outcome(found["|L'|"][2] <= ZERO),
-            "L'' is positive definite": outcome(
-                found["smallest eigenvalue of L''"][1] > floor,
-                found["... without the penalty's share"][1] > floor),
-            "every direction of z is seen": outcome(full or found["lambda_z"] > 0, full),
-            **unique, f"dz is predicted, |dX| = {SIZE:g} |X|": outcome(worst <= ERROR)}
+    said = {"L' = 0": outcome(found["|L'|"][2] <= ZERO),
+            "L'' is positive definite": outcome(definite, alone),
+            "every direction of z is seen": outcome(full or found["lambda_z"] > 0, full)}
+    for start in found["refits"]["penalty"]:
+        same, alone = (found["refits"][name][start]["same z"] >= SHARE
+                       for name in ("penalty", "no penalty"))
+        said[f"the same z from {start} start"] = outcome(same, alone)
+    errors = [row["newton"][0] for row in found["predictions"] if row["size"] == SIZE]
+    said[f"dz is predicted, |dX| = {SIZE:g} |X|"] = outcome(max(errors) <= ERROR)
+    return said
 
 
 # ---- Where is the class? -------------------------------------------------------------------------
+
+def look(model: HyperINR, images) -> tuple[Tensor, Tensor, Tensor, dict]:
+    """Of a `data.Images`: images, labels, z, and {where: rows (n, d)} to look for the class in."""
+    rows = [torch.arange(len(images))]
+    x, labels = next(images.batches(rows, model.inputs.device, model.args.workers))
+    x = images.signal(x)
+    z = model.latents(x)
+    tokens = model.tokens(z)
+    return x, labels, z, {"pixels": x.flatten(1), "z": z, "weights": tokens.flatten(1),
+                          "bias column": tokens[..., -1]}
+
 
 CLASSIFIERS = {"10-NN": knn_predict, "nearest mean": nearest_mean_predict,
                "linear": lambda *data: fit_probe(fit_linear, PENALTIES, *data)[0],
@@ -451,13 +467,14 @@ def open_run(args) -> dict | None:
     return content
 
 
-def pictures(model: HyperINR, images: Tensor, z: Tensor) -> dict:
+def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor) -> dict:
     """For the figure: images and what their z show; on the way from one z to another what is shown,
     and the weights; z on two principal components."""
     way = torch.lerp(z[0], z[-1], torch.linspace(0, 1, 8)[:, None].to(z.device))
     mean, components, _ = principal(z)
     shown = {"images": images[:8], "rebuilt": model.show(z[:8]), "path": model.show(way),
-             "weights": model.tokens(way), "map": (z - mean) @ components[:, :2]}
+             "weights": model.tokens(way), "map": (z - mean) @ components[:, :2],
+             "labels": labels}
     return {name: each.cpu().numpy() for name, each in shown.items()}
 
 
@@ -465,22 +482,16 @@ def run(argv: list[str] | None):
     args = read_flags(argv)
     device, content = settings.find_device(args.device), open_run(args)
     images, test = load_dataset(args, device)
-    model = HyperINR(args, images.channels, len(images.classes)).to(device)
-    if content:
-        model.load_state_dict(content["model"])
+    if content and tuple(content["data"]) != facts(images):
+        raise InputError(f"--dataset {args.dataset}: not the data of {args.out}, or changed since")
+    model = (model_from(content, args.out, device) if content else
+             HyperINR(args, images.channels, len(images.classes)).to(device))
+    model.args = args
     psnrs = train_jointly(model, images, content)
-    places, labels = [], []
-    for split in (images, test):
-        x, y = next(split.batches([torch.arange(len(split))], device, args.workers))
-        x = split.signal(x)
-        z = model.latents(x)
-        tokens = model.tokens(z)
-        places.append({"pixels": x.flatten(1), "z": z, "weights": tokens.flatten(1),
-                       "bias column": tokens[..., -1]})
-        labels.append(y)
-        if split is images:
-            model.reader = train_reader(tokens, y, args)
-    right, n = int((model.read(tokens).argmax(1) == y).sum()), len(test)
+    x, labels, z, bank = look(model, images)
+    model.reader = train_reader(model.tokens(z), labels, args)
+    x, test_labels, z, queries = look(model, test)
+    right, n = int((model.read(model.tokens(z)).argmax(1) == test_labels).sum()), len(test)
     metrics = {"train_psnr": psnrs, "test_psnr": model.decibels(z, flat(x)), "test_images": n,
                "test_accuracy": right / n, "test_interval": wilson(right, n)}
     args.token_scale = model.reader.token_scale
@@ -488,11 +499,11 @@ def run(argv: list[str] | None):
     theorem = measure(model, x[:MEASURED])
     report = {"command": settings.command_line(args, "hyperinr"), "flags": vars(args),
               "metrics": metrics, "theorem": theorem, "verdicts": verdicts(theorem),
-              "class": read_class(places[0], labels[0], places[1], y),
+              "class": read_class(bank, labels, queries, test_labels),
               **settings.environment(device)}
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    shown = pictures(model, x, z) | {"labels": y.cpu().numpy()}
+    shown = pictures(model, x, z, test_labels)
     figures.hypernetwork_figure(path.with_suffix(".png"), report, shown)
     print(tables(report))
 
