@@ -482,6 +482,8 @@ def run(argv: list[str] | None):
     args = read_flags(argv)
     device, content = settings.find_device(args.device), open_run(args)
     images, test = load_dataset(args, device)
+    if min(len(images), len(test)) < MEASURED:
+        raise InputError(f"{len(images)} training and {len(test)} test images: {MEASURED} needed")
     if content and tuple(content["data"]) != facts(images):
         raise InputError(f"--dataset {args.dataset}: not the data of {args.out}, or changed since")
     model = (model_from(content, args.out, device) if content else

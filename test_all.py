@@ -1872,7 +1872,7 @@ def test_hyperinr_command():
     for name, place in (("z", "z"), ("phi - theta", "weights"), ("bias column", "bias column"), ("pixels", "pixels")):
         assert np.isclose(rows[name], found["class"][place]["10-NN"][0])
     for argv, *words in ((["--latent", 7], "hyperinr.pt", "another"), (["--steps", 2], "--steps"),
-                         (["--lambda-z", -1], "--lambda-z"), (["--out", "a.png"], "a.png")):
+                         (["--test-size", 9, "--out", "few.pt"], "9 test images"), (["--lambda-z", -1], "--lambda-z"), (["--out", "a.png"], "a.png")):
         refused([*HYPER, *argv], *words, main=hyperinr.main)
 
 
