@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 LINES = ("C0o-", "C1s--", "C2^-.", "C3d:", "C4x-", "C5P--")
 MARKERS = "os^dvP*X<"
@@ -35,10 +34,8 @@ def panels(draws: list[tuple]) -> Figure:
     columns = min(2, len(draws))
     rows = math.ceil(len(draws) / columns)
     figure, axes = canvas(rows, columns, 6.5 * columns, 4.6 * rows)
-    for axis, (draw, *arguments) in zip(axes, draws):
+    for axis, (draw, *arguments) in itertools.zip_longest(axes, draws, fillvalue=(note, "")):
         draw(axis, *arguments)
-    for axis in axes[len(draws):]:
-        axis.axis("off")
     return figure
 
 
@@ -76,8 +73,7 @@ def whiskers(intervals: list, factor: float):
 def place_axis(axis, places: list):
     """Places, slanted where they are words."""
     words = {"rotation": 50, "ha": "right", "rotation_mode": "anchor"}
-    slant = words if any(isinstance(place, str) for place in places) else {}
-    axis.set_xticks(range(len(places)), places, **slant)
+    axis.set_xticks(range(len(places)), places, **(words if isinstance(places[0], str) else {}))
 
 
 def lines(axis, rows: list[dict], series: list[tuple]):
@@ -85,18 +81,18 @@ def lines(axis, rows: list[dict], series: list[tuple]):
     place_axis(axis, [row["stage"] for row in rows])
     for key, style, name in series:
         if rows[-1].get(key) is not None:
-            there = [i for i, row in enumerate(rows) if row.get(key) is not None]
-            y = [100 * rows[i][key] for i in there]
-            axis.plot(there, y, style, markersize=4, label=name)
+            x, y = zip(*((i, 100 * row[key]) for i, row in enumerate(rows)
+                         if row.get(key) is not None))
+            axis.plot(x, y, style, markersize=4, label=name)
 
 
 def curves(axis, points: list[tuple], factor: float = 1):
     """Points (name, place, interval): a line for each name, a little side by side."""
-    places, series = list(dict.fromkeys(place for _, place, _ in points)), {}
-    for name, place, interval in points:
-        series.setdefault(name, []).append((places.index(place), interval))
-    for k, ((name, mine), style) in enumerate(zip(series.items(), itertools.cycle(LINES))):
-        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(series) - 1) / 2)
+    places = list(dict.fromkeys(place for _, place, _ in points))
+    names = list(dict.fromkeys(name for name, *_ in points))
+    for k, (name, style) in enumerate(zip(names, itertools.cycle(LINES))):
+        mine = [(places.index(place), interval) for n, place, interval in points if n == name]
+        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(names) - 1) / 2)
         y, error = whiskers([interval for _, interval in mine], factor)
         axis.errorbar(x, y, yerr=error, fmt=style, markersize=4, elinewidth=0.8, capsize=2,
                       label=textwrap.fill(name, 32))
@@ -125,42 +121,39 @@ def training_figure(path: Path, report: dict, shown: dict):
 
     shown: {"stages": inner steps, 0 is the anchor; "images": (n, C, h, w) in [-1, 1]; "shown":
     (stages, n, C, h, w); "psnr": (stages, n) in dB; "classes", "guesses": n names each}."""
-    stages, count = shown["stages"], len(shown["images"])
-    size = max(9, 1.4 * (len(stages) + 1)), 2.7 + 1.8 * count
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    titles = [*(f"step {j}" if j else "anchor" for j in shown["stages"]), "image"]
+    count, columns = len(shown["images"]), len(titles)
+    figure = Figure((max(9, 1.4 * columns), 2.7 + 1.8 * count), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.7, 1.8 * count])
     learning_curves(top.subplots(1, 3), report)
-    grid = bottom.subplots(count, len(stages) + 1, squeeze=False)
-    for axis, j in zip(grid[0], stages):
-        axis.set_title(f"step {j}" if j else "anchor", fontsize=9)
-    grid[0][-1].set_title("image", fontsize=9)
+    grid = bottom.subplots(count, columns, squeeze=False)
+    for axis, title in zip(grid[0], titles):
+        axis.set_title(title, fontsize=9)
     for i, row in enumerate(grid):
         for axis, images, decibels in zip(row, shown["shown"], shown["psnr"]):
             picture(axis, images[i], f"{decibels[i]:.1f} dB")
-        known, guess = shown["classes"][i], shown["guesses"][i]
-        verdict = "right" if guess == known else "wrong"
-        picture(row[-1], shown["images"][i], f"{known}\nread as {guess} ({verdict})")
+        text = f"{shown['classes'][i]}\nread as {shown['guesses'][i]}"
+        picture(row[-1], shown["images"][i], text)
     figure.savefig(path)
 
 
 def learning_curves(axes, report: dict):
-    rows = report["epochs"]
+    epochs = [row["epoch"] for row in report["epochs"]]
     held = "val" if "validation" in report["evaluated_on"] else "test"
-    for axis, quantity, keys, factor in zip(
-            axes, ("class loss (nats)", "accuracy (%)", "PSNR (dB)"),
-            (["loss"], ["train_accuracy", "test_accuracy"], ["train_psnr", "test_psnr"]),
-            (1, 100, 1)):
-        for key, style, name in zip(keys, ("C0.--", "C1.-"), ("train", held)):
-            x, y = [row["epoch"] for row in rows], [factor * row[key] for row in rows]
-            axis.plot(x, y, style, label=name)
+    for axis, quantity, keys, factor in (
+            (axes[0], "class loss (nats)", {"train": "loss"}, 1),
+            (axes[1], "accuracy (%)", {"train": "train_accuracy", held: "test_accuracy"}, 100),
+            (axes[2], "PSNR (dB)", {"train": "train_psnr", held: "test_psnr"}, 1)):
+        for (name, key), style in zip(keys.items(), ("C0.--", "C1.-")):
+            y = [factor * row[key] for row in report["epochs"]]
+            axis.plot(epochs, y, style, label=name)
         label(axis, "", "epoch", quantity, True)
-        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def picture(axis, image: np.ndarray, text: str):
     """image: (C, h, w) in [-1, 1], C is 1 or 3."""
     image = (image.clip(-1, 1).transpose(1, 2, 0) + 1) / 2                     # (h, w, C)
-    axis.imshow(image.repeat(3 // image.shape[2], 2), interpolation="nearest")
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     axis.set_xlabel(text, fontsize=8, parse_math=False)                # a class may be called "$"
     axis.set_xticks([])
     axis.set_yticks([])
@@ -178,10 +171,6 @@ def cost_figure(path: Path, report: dict):
         axes[0].loglog(gflop, [np.median(row["ms"]) for row in rows], style, label=name)
         axes[1].loglog(gflop, memory, style, label=name)
     for axis, y in zip(axes, ("median time of a step (ms)", "peak memory (GiB)")):
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            scale.set_major_formatter("{x:g}")
-        axis.minorticks_off()
         label(axis, f"A training step; {report['device']}", "counted GFLOP a step", y, True)
     figure.savefig(path)
 
