@@ -73,7 +73,8 @@ def whiskers(intervals: list, factor: float):
 def place_axis(axis, places: list):
     """Places, slanted where they are words."""
     words = {"rotation": 50, "ha": "right", "rotation_mode": "anchor"}
-    axis.set_xticks(range(len(places)), places, **(words if isinstance(places[0], str) else {}))
+    slant = words if any(isinstance(place, str) for place in places) else {}
+    axis.set_xticks(range(len(places)), places, **slant)
 
 
 def lines(axis, rows: list[dict], series: list[tuple]):

@@ -285,6 +285,7 @@ def crossed(values, seed=0):
     return picked, choices
 
 
+@functools.lru_cache
 def student(freedom):
     """Angles u from 0 to pi / 2, and the probability that |t| < sqrt(freedom) tan u, for t of
     Student's distribution: u then has a density like cos(u)^(freedom - 1)."""
