@@ -23,8 +23,8 @@ ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 def check(x, labels, rows=1):
     """A ValueError for what would give a number without meaning."""
     if x.dim() != 2 or labels.shape != x.shape[:1] or len(x) < rows or not x.norm().isfinite():
-        raise ValueError(f"x {tuple(x.shape)} and labels {tuple(labels.shape)} are not (n, d) and "
-                         f"(n,) with n >= {rows}, or x is not finite")
+        raise ValueError(f"x {tuple(x.shape)}, labels {tuple(labels.shape)}: not (n, d), (n,) with "
+                         f"n >= {rows}, or not finite")
 
 
 def accuracy(predicted, labels) -> float:
@@ -41,11 +41,11 @@ def chance(labels) -> float:
 
 def squared_distances(bank, queries=None, own=0.0):
     """Yields squared distances (rows, n) of blocks of queries to the bank's rows: |y|^2 + |x|^2 -
-    2 y.x, less the bank's mean, which keeps rounding small. Without queries: of the bank's rows to
-    each other, `own` to themselves."""
-    mean = bank.mean(0)
+    2 y.x of what is less the bank's mean, which keeps rounding small. Without queries: of the
+    bank's rows to each other, `own` to themselves."""
+    mean, alone = bank.mean(0), queries is None
     bank = bank - mean
-    queries, alone = (bank, True) if queries is None else (queries - mean, False)
+    queries = bank if alone else queries - mean
     squares, rows = bank.square().sum(1), max(1, BLOCK // len(bank))  # (n,)
     for start in range(0, len(queries), rows):
         y = queries[start:start + rows]  # (rows, d)
@@ -88,8 +88,8 @@ def neighbor_purity(x, labels, k=10) -> float:
 
 
 def silhouettes(x, labels):
-    """(b - a) / max(a, b) of each row (n,) (Rousseeuw, J. Comput. Appl. Math. 1987): a is the mean
-    distance to the other rows of its class, b to the nearest other class. Alone in its class: 0."""
+    """(b - a) / max(a, b) of each row (n,) (Rousseeuw 1987): a is the mean distance to the others
+    of its class, b to the nearest other class. Alone in its class: 0."""
     check(x, labels)
     labels = labels.unique(return_inverse=True)[1]  # without gaps
     member = F.one_hot(labels).to(x)  # (n, classes)
@@ -112,12 +112,14 @@ def class_means(x, labels):
 
 
 def fisher_ratio(x, labels) -> float:
-    """Trace of the between-class over trace of the within-class scatter (Fukunaga 1990, ch. 10);
-    not finite where no class has any spread."""
+    """Trace of the between-class over that of the within-class scatter (Fukunaga 1990); infinity
+    where no class has any spread, 0 where nothing has."""
     check(x, labels)
-    _, means, index = class_means(x.double(), labels)
+    x = x.double()
+    _, means, index = class_means(x, labels)
     means = means[index]  # each row's (n, d)
-    return ((means - x.double().mean(0)).square().sum() / (x - means).square().sum()).item()
+    ratio = (means - x.mean(0)).square().sum() / (x - means).square().sum()
+    return ratio.nan_to_num(0, math.inf).item()
 
 
 def nearest_mean_predict(bank, bank_labels, queries):
@@ -332,9 +334,9 @@ def holm(p) -> list[float]:
 # ---- Correlations ----
 
 def spearman(x, y, settings, seed=0, draws=2000):
-    """(rho, low, high) of ranks of x and y (n,), over n models (Spearman 1904). Whole settings are
-    drawn again: seeds of one are no independent models. None for fewer than five models or a
-    constant x or y; without low and high below five settings."""
+    """(rho, low, high) of ranks of x and y, over models (Spearman 1904). Whole settings are drawn
+    again: seeds of one are no independent models. None for fewer than five models or a constant x
+    or y; low and high are None below five settings."""
     pairs = torch.tensor([list(x), list(y)], dtype=torch.float64)  # (2, n)
     if pairs.shape[1] < 5 or (pairs.amax(1) == pairs.amin(1)).any():
         return None
@@ -357,8 +359,7 @@ def spearman(x, y, settings, seed=0, draws=2000):
 # ---- Components and regression ----
 
 def principal(x):
-    """Mean (d,), principal components (d, r) by falling variance, and their variances (r,) of rows
-    (n, d) of rank r."""
+    """Mean (d,), principal components (d, r) and their falling variances (r,) of rows (n, d)."""
     mean = x.mean(0)
     centred = (x - mean).double()
     wide = x.shape[0] < x.shape[1]
@@ -377,8 +378,8 @@ def effective_rank(variances) -> float:
 
 
 def regression(x, y, x_test, y_test):
-    """R^2 (m,) on test rows of each column of y (n, m) regressed on x (n, r) by least squares with
-    an intercept; NaN for a column that is constant on the test."""
+    """R^2 (m,) on test rows of the columns of y (n, m), each by least squares of x (n, r) with an
+    intercept; NaN for a column that is constant there."""
     x, y, x_test, y_test = (z.double().cpu() for z in (x, y, x_test, y_test))
     x, x_test = (F.pad(z, (0, 1), value=1.0) for z in (x, x_test))
     solution = torch.linalg.lstsq(x, y, driver="gelsd").solution  # (r + 1, m)
