@@ -7,7 +7,7 @@ each change does and whether gains add up.
 
 A lane is a few flags of train.py; any other flag holds for all. A stopped sweep goes on with the
 same command. Several may share a folder, in a terminal each, with other --lanes or seeds (--seed 3
---seeds 2: 3 and 4): a run is made once, and a report is of all that are there.
+--seeds 2: 3 and 4): a run is made once, and a report is of all.
 """
 import argparse
 import inspect
@@ -56,13 +56,12 @@ LANES = {              # name: what changes, in words and in flags (`lane_flags`
     **{f"cluster{w:g}": (CLUSTER, {"batch_size": 64, "w_cluster": w}) for w in (0.01, 0.1, 1.0)},
     **{f"cluster-random{w:g}": (RANDOM, {"batch_size": 64, "w_cluster": w, "cluster_random": True})
        for w in (0.1, 1.0)},
-    "route": ("learned queries gather the tokens, starting from their mean", {"readout": 8}),
-    "bias": ("the bias column to the logits by a branch of its own", {"branch": "bias"}),
+    "route": ("learned queries gather the tokens", {"readout": 8}),
+    "bias": ("the bias column to the logits by a branch", {"branch": "bias"}),
     "column": ("as bias, but the column of highest energy in its baseline", {"branch": COLUMN}),
     "column-random": ("as bias, but a random column, by the seed", {"branch": COLUMN}),
     "centred": ("the mean colour removed before fitting", {"centre_colour": True}),
-    "colour": ("centred, with the mean colour through a branch like bias's",
-               {"centre_colour": True, "branch": "colour"}),
+    "colour": ("centred, the mean colour by a branch", {"centre_colour": True, "branch": "colour"}),
     "dense": ("four more inner steps, on all pixels", {"steps": 4, "fraction": 1.0}),
     "deeper": ("a reader so deep that a step costs twice", {"reader_depth": 0})}
 FACTORS = ("route", "bias", "dense")
@@ -75,8 +74,8 @@ MATCHED = "baseline@"
 
 def place(lane: str) -> tuple:
     """Where a lane stands in a table: as in LANES, then joined ones; each before its compute's."""
-    plain = lane.removeprefix(MATCHED)
-    return plain.count("+"), [list(LANES).index(part) for part in plain.split("+")], lane != plain
+    parts = lane.removeprefix(MATCHED).split("+")
+    return len(parts), [list(LANES).index(part) for part in parts], lane.startswith(MATCHED)
 
 
 def rivals(lane: str) -> list[str]:
@@ -107,7 +106,7 @@ def with_baselines(lanes: list[str]) -> list[str]:
 
 
 def image_flops(args, facts, **changed) -> float:
-    """Of training on one image. facts: as `train.facts` gives."""
+    """Of training on one image; facts: as `train.facts` gives."""
     args = argparse.Namespace(**vars(args) | changed)
     return step_flops(args, facts[0], len(facts[1])) / args.batch_size
 
@@ -136,7 +135,7 @@ def lane_flags(lane: str, base, facts, usual: float) -> dict:
 # ---- The folder ----------------------------------------------------------------------------------
 #
 # sweep.json holds the settings of all runs, and their number of threads, since rounding depends on
-# it. runs/ holds train.py's files and, of each finished run, a .diagnosis.json.
+# it; runs/ holds train.py's files and, of each finished run, a .diagnosis.json.
 
 MEASURES = ("reader", "psnr", "purity", "gap", "lost", "lost_branch")
 
@@ -174,25 +173,24 @@ def open_sweep(folder: Path, base=None) -> argparse.Namespace:
         saved = RECIPE | {key: found["settings"][key] for key in RECIPE if key in found["settings"]}
         torch.set_num_threads(found["threads"])
     except Exception as error:                 # whatever a file of something else brings
-        raise InputError(f"--out {folder}: no folder of a sweep, or damaged ({error})") from error
+        raise InputError(f"--out {folder}: not of a sweep, or damaged: {error}") from error
     for key, value in vars(base).items() if base else ():
         if key not in FREE | {"seed"} and saved[key] != value:
-            raise InputError(f"--out {folder}: holds a sweep with {flag(key)} {saved[key]}, not "
-                             f"{value}; name another folder")
+            raise InputError(f"--out {folder}: its sweep has {flag(key)} {saved[key]}, not {value}")
     return argparse.Namespace(**saved)
 
 
 # ---- A run ---------------------------------------------------------------------------------------
 #
 # By train.main in this process, as its printed command would. It is claimed first, by a file that
-# only one process can create, and that is taken over when it and the checkpoint have not been
-# written for ten minutes, or twice --save-minutes: its process was killed.
+# only one process can create. When that and the checkpoint have not been written for ten minutes
+# (or twice --save-minutes) their process is taken for dead.
 
 COMPILE = {None: [], True: ["--compile"], False: ["--no-compile"]}
 
 
 def run_args(folder: Path, base, lane: str, flags: dict, seed: int, runs: dict):
-    """The settings of a run. runs: those that are there, for the baseline's column."""
+    """The settings of a run; runs: those that are there, for the baseline's column."""
     args = argparse.Namespace(**vars(base) | flags | {
         "seed": seed, "out": str(folder / "runs" / f"{lane}-seed{seed}.pt")})
     if args.branch == COLUMN:
@@ -244,10 +242,11 @@ def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
         if args.branch == "column:None":
             print("left out: needs its seed's baseline")
         elif not claim(args):
-            print("left out: another process is at it (if that was killed, delete the .claim)")
+            print("left out: of another process (if that was killed, delete the .claim)")
         else:
             try:
-                failed += [] if make(args) else [f"{lane} seed {seed}"]
+                if not make(args):
+                    failed.append(f"{lane} seed {seed}")
             finally:
                 Path(args.out).with_suffix(".claim").unlink(missing_ok=True)
     return failed
@@ -255,12 +254,12 @@ def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
 
 # ---- Its diagnosis -------------------------------------------------------------------------------
 #
-# On the test images: the model's own predictions, the geometry of the weights, and what it costs
-# when the reader's blocks alone see another image's bias column, or the branch alone its input.
+# On the test images: accuracy, geometry of the weights, and what it costs when the reader's blocks
+# alone see another image's bias column, or its branch alone another image's input.
 
 def predictions(model, fits: Fitted, blocks=None, branch=None) -> Tensor:
-    """The model's own (n,). blocks, branch: each image's donor (n,), itself without, of the bias
-    column that the reader's blocks see, and of the column or colour that the branch sees."""
+    """The model's own (n,). blocks, branch: for each image the one (n,), if not itself, whose bias
+    column the blocks see, or whose column or colour the branch sees."""
     reader, found, own = model.reader, [], torch.arange(len(fits.labels))
     blocks, branch = (own if rows is None else rows for rows in (blocks, branch))
     for rows, others, seen in zip(*(each.split(BLOCK) for each in (own, blocks, branch))):
@@ -291,22 +290,22 @@ def diagnose(args) -> dict:
         return accuracy(guesses, labels) - statistics.fmean(
             accuracy(predictions(model, queries, **{where: other}), labels) for other in others)
 
-    has_branch = getattr(model.reader, "branch", None) is not None
+    branch = getattr(model.reader, "branch", None)
     return {"training": vars(args), "parameters": sum(x.numel() for x in model.parameters()),
             "gflop_per_image": image_flops(args, content["data"]) / 1e9,
             "right": "".join(map(str, (guesses == labels).int().tolist())),
             "reader": accuracy(guesses, labels), "psnr": content["metrics"]["test_psnr"],
             "purity": geometry["purity"], "gap": geometry["G"]["gap"][0],
-            "lost": lost("blocks"), "lost_branch": lost("branch") if has_branch else None,
+            "lost": lost("blocks"), "lost_branch": lost("branch") if branch is not None else None,
             "highest_column": int(bank.tokens[..., :-1].var(0).sum(0).argmax()),
             **environment(device)}
 
 
 # ---- Contrasts -----------------------------------------------------------------------------------
 #
-# A weighted sum of lanes' accuracies, by seed: a t interval over seeds and beside it, never in its
-# place, a bootstrap over the images of one seed. So is a lane less another; so are the effects of
-# the factors, whose eight lanes are a 2^3 factorial design.
+# Weighted sums of lanes' accuracies, as a lane less another, or the effects of the factors, whose
+# eight lanes are a 2^3 factorial design. By seed: a t interval over seeds and beside it, never in
+# its place, a bootstrap over the images of one seed.
 
 ADDED = "all - added up"
 
@@ -325,30 +324,45 @@ def effects() -> dict[str, dict[str, float]]:
                             "baseline": 2}}
 
 
-def detectable(values: list[float]) -> float:
+def hits(run: dict) -> Tensor:
+    """Which test images a run reads right (n,)."""
+    return torch.tensor([float(c) for c in run["right"]])
+
+
+def detectable(gains: list[float]) -> float | None:
     """The least effect that so many seeds, spread like these, show in 80% of repeats at 5%."""
-    quantiles = sum(t_quantile(len(values) - 1, level) for level in (0.975, 0.8))
-    return quantiles * statistics.stdev(values) / math.sqrt(len(values))
+    if len(gains) < 2:
+        return None
+    quantiles = sum(t_quantile(len(gains) - 1, level) for level in (0.975, 0.8))
+    return quantiles * statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 def contrasts(runs: dict, asked: dict[str, dict[str, float]]) -> dict[str, dict]:
     """Of each {lane: weight} that is asked, over the seeds that all its lanes have, if any."""
     found = {}
     for name, weights in asked.items():
-        def total(key, seed, read=float):
-            return sum(weight * read(runs[lane, seed][key]) for lane, weight in weights.items())
+        def total(measure, seed):
+            return sum(weight * measure(runs[lane, seed]) for lane, weight in weights.items())
 
         seeds = sorted(set.intersection(*({seed for lane, seed in runs if lane == each}
                                           for each in weights)))
         if seeds:
-            gains, several = [total("reader", seed) for seed in seeds], len(seeds) > 1
-            right = total("right", seeds[0], lambda text: torch.tensor([float(c) for c in text]))
-            found[name] = {"seeds": len(seeds), "over_seeds": t_interval(gains),
-                           "least": detectable(gains) if several else None,
-                           "p": t_test(gains) if several else None,
-                           "over_images": bootstrap(right),
-                           "purity": t_interval([total("purity", seed) for seed in seeds])}
+            gains = [total(lambda run: run["reader"], seed) for seed in seeds]
+            purer = [total(lambda run: run["purity"], seed) for seed in seeds]
+            found[name] = {"gains": gains, "over_seeds": t_interval(gains),
+                           "least": detectable(gains), "purity": t_interval(purer),
+                           "over_images": bootstrap(total(hits, seeds[0]))}
     return found
+
+
+def summarise(runs: dict) -> dict:
+    """The report's numbers. runs: by (lane, seed)."""
+    lanes = list(dict.fromkeys(lane for lane, _ in runs))
+    pairs = {f"{lane} - {other}": {lane: 1, other: -1}
+             for lane in lanes for other in rivals(lane) if lane != other}
+    rows = [lane_row(lane, [run for key, run in runs.items() if key[0] == lane]) for lane in lanes]
+    return {"lanes": rows, "differences": contrasts(runs, pairs),
+            "factorial": contrasts(runs, effects())}
 
 
 def lane_row(lane: str, runs: list[dict]) -> dict:
@@ -360,17 +374,6 @@ def lane_row(lane: str, runs: list[dict]) -> dict:
         row[key] = (statistics.fmean(values) if values else None,
                     statistics.stdev(values) if values[1:] else None)
     return row
-
-
-def summarise(runs: dict) -> dict:
-    """The report's numbers. runs: by (lane, seed)."""
-    lanes = {}
-    for (lane, _), run in runs.items():
-        lanes.setdefault(lane, []).append(run)
-    pairs = {f"{lane} - {other}": {lane: 1, other: -1}
-             for lane in lanes for other in rivals(lane) if lane != other}
-    return {"lanes": [lane_row(lane, of) for lane, of in lanes.items()],
-            "differences": contrasts(runs, pairs), "factorial": contrasts(runs, effects())}
 
 
 # ---- Claims: C1c and C4 --------------------------------------------------------------------------
@@ -387,11 +390,12 @@ def additivity_verdict(beyond: dict, gained: bool) -> str:
 
 
 def judge(differences: dict, factorial: dict) -> list[str]:
-    """A line for each claim that has the seeds."""
+    """A claim is judged with three seeds (C1c, adding up) or five (C4), of a lane and of all that
+    it is compared with."""
     def compared(lane: str, seeds: int) -> list[dict]:
         """The lane less its rivals, if these all have so many seeds."""
         rows = [differences.get(f"{lane} - {other}") for other in rivals(lane)]
-        return rows if all(row and row["seeds"] >= seeds for row in rows) else []
+        return rows if all(row and len(row["gains"]) >= seeds for row in rows) else []
 
     lines = []
     for lane in PRESSED:
@@ -400,12 +404,12 @@ def judge(differences: dict, factorial: dict) -> list[str]:
             verdict = claims.pressure_verdict(purity, rows[0]["over_seeds"], beyond)
             lines.append(f"C1c, {lane}: {verdict}; purity {span(purity, 1, 3)}")
     helped = {lane: rows for lane in JUDGED if (rows := compared(lane, 5))}
-    p_values = holm([rows[0]["p"] for rows in helped.values()])
+    p_values = holm([t_test(rows[0]["gains"]) for rows in helped.values()])
     for (lane, rows), p in zip(helped.items(), p_values):
         gains = dict(zip(rivals(lane), (row["over_seeds"] for row in rows)))
         least = max(row["least"] for row in rows)                      # support needs all of them
         lines.append(f"C4, {lane}: {claims.helps_verdict(gains, least, p)}; p {p:.3f}")
-    if factorial and factorial[ADDED]["seeds"] >= 3:
+    if factorial and len(factorial[ADDED]["gains"]) >= 3:
         gained = any(side(differences[f"{lane} - baseline"]["over_seeds"], 0) > 0
                      for lane in CELL_LANES[1:])
         lines.append(f"C4, adding up: {additivity_verdict(factorial[ADDED], gained)}")
@@ -430,30 +434,27 @@ another image's bias column; branch: when its branch alone sees another's input.
 parameters. cost: FLOPs of training over the baseline's."""
 CONTRASTS = """\
 Points of accuracy, paired by seed. Over n seeds: of the method; least: the effect that so many
-seeds show in 80% of repeats; over images: of the models of one seed, the first that all have.
-baseline@: the baseline trained for the lane's compute. Not corrected for their number."""
+seeds show in 80% of repeats; over images: of the models of one seed, the first. baseline@: the
+baseline trained for the lane's compute. Not corrected for their number."""
 EFFECTS = """\
 Do gains add up? A factor: with it less without it, averaged over the others; a x b: the difference
 of such differences; all - added up: the three together less baseline and single gains."""
-NEEDS = ("C1c and adding up take three seeds, C4 five, of a lane and all that it is compared with "
-         "(C4: baseline@LANE too); what has fewer has no line here")
 
 
 def lane_table(rows: list[dict]) -> str:
     usual, lines = next((row for row in rows if row["lane"] == "baseline"), rows[0]), []
     for row in rows:
-        accuracy = " ± ".join(percent(x) for x in row["reader"] if x is not None)
-        lines.append([row["lane"], str(row["n"]), accuracy, percent(row["gap"][0]),
-                      f"{row['psnr'][0]:.1f}", f"{row['purity'][0]:.3f}",
+        lines.append([row["lane"], str(row["n"]),
+                      " ± ".join(percent(x) for x in row["reader"] if x is not None),
+                      percent(row["gap"][0]), f"{row['psnr'][0]:.1f}", f"{row['purity'][0]:.3f}",
                       percent(row["lost"][0]), percent(row["lost_branch"][0]),
                       f"{row['parameters'] / 1000:.0f}", f"{row['gflop'] / usual['gflop']:.3f}"])
-    titles = "lane|n|accuracy %|gap|PSNR|purity|lost|branch|k par.|cost"
-    return table(titles.split("|"), lines)
+    return table("lane|n|accuracy %|gap|PSNR|purity|lost|branch|k par.|cost".split("|"), lines)
 
 
 def contrast_table(found: dict) -> str:
     return table(["", "n", "over seeds [95% t]", "least", "over images [95% bootstrap]"], [
-        [name, str(row["seeds"]), span(row["over_seeds"], 100) if row["over_seeds"] else "",
+        [name, str(len(row["gains"])), span(row["over_seeds"], 100) if row["over_seeds"] else "",
          percent(row["least"]), span(row["over_images"], 100)] for name, row in found.items()])
 
 
@@ -465,32 +466,33 @@ def command_of(run: dict) -> str:
 
 
 def write_report(folder: Path, base, runs: dict):
-    """report.md, report.json and figures in the folder, tables on the terminal."""
-    report, drawn = summarise(runs), ["clusters.png"]
-    lines = [*judge(report["differences"], report["factorial"]), *correlation(runs), NEEDS]
-    tables = [lane_table(report["lanes"]), LANES_TABLE]
-    figures.clusters_figure(folder / "clusters.png", report["lanes"])
-    for name, title, found, about in (
-            ("lanes.png", "Lane - lane; square: of the same compute", report["differences"], CONTRASTS),
-            ("factorial.png", "Do gains add up? Square: interaction", report["factorial"], EFFECTS)):
+    """report.md, report.json and figures in the folder; the report without commands is printed."""
+    report = summarise(runs)
+    lanes, differences, factorial = report.values()
+    lines = [*judge(differences, factorial), *correlation(runs)]
+    tables, drawn = [lane_table(lanes), LANES_TABLE], ["clusters.png"]
+    figures.clusters_figure(folder / "clusters.png", lanes)
+    for name, found, about, square in (
+            ("lanes.png", differences, CONTRASTS, "less the baseline of the lane's compute"),
+            ("factorial.png", factorial, EFFECTS, "interaction")):
         if found:
             tables += [contrast_table(found), about]
-            figures.contrasts_figure(folder / name, title, found)
+            figures.contrasts_figure(folder / name, found, square)
             drawn.append(name)
     one, images = next(iter(runs.values())), "held-out training" if base.val else "test"
-    rules = map(inspect.getdoc, (claims.pressure_verdict, claims.helps_verdict, additivity_verdict))
+    rules = (judge, claims.pressure_verdict, claims.helps_verdict, additivity_verdict)
+    text = fold("\n\n".join([
+        f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
+        f"{len(runs)} runs; {len(one['right'])} {images} images; {one['device']}.",
+        "```", *tables, "```", "## Claims", *(f"- {line}" for line in lines),
+        *map(inspect.getdoc, rules), *(f"![{name}]({name})" for name in drawn)]))
     commands = [f"# {lane}: {LANES.get(lane, [''])[0]}\n{command_of(run)}"
                 for (lane, _), run in runs.items()]
-    text = [f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
-            f"{len(runs)} runs; {len(one['right'])} {images} images; {one['device']}.",
-            "```", *tables, "```", "## Claims", "\n".join(f"- {line}" for line in lines), *rules,
-            *(f"![{name}]({name})" for name in drawn), "## Commands",
-            "Each gives its run by itself, bit for bit on the same machine.",
-            "```", *commands, "```"]
-    (folder / "report.md").write_text("\n\n".join(text) + "\n")
+    (folder / "report.md").write_text("\n\n".join([
+        text, "## Commands", "Each gives its run by itself, bit for bit on the same machine.",
+        "```", *commands, "```\n"]))
     write_json(folder / "report.json", {"claims": lines, **report})
-    print(*tables, fold("\n".join(lines)), sep="\n\n")
-    print(f"wrote {folder}/report.md, report.json, {', '.join(drawn)}")
+    print(f"{text}\n\nwrote {folder}/report.md, report.json, {', '.join(drawn)}")
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -498,11 +500,10 @@ def write_report(folder: Path, base, runs: dict):
 def run(argv: list[str] | None):
     p = parser(__doc__.split("\n\n")[0])
     p.prog = "interventions.py"
-    p.add_argument("--lanes", nargs="+", help=f"all (default), or some of {', '.join(LANES)}; or "
-                   f"joined by +; or {MATCHED}LANE: the baseline for a lane's compute")
+    p.add_argument("--lanes", nargs="+", help=f"all (default), or some of {', '.join(LANES)}, "
+                   f"joined by + or not; {MATCHED}LANE: the baseline for a lane's compute")
     p.add_argument("--seeds", type=whole(1), help="so many, from --seed on (default 3)")
-    p.add_argument("--report-only", action="store_true",
-                   help="report what is in the folder --out (default: sweep)")
+    p.add_argument("--report-only", action="store_true", help="of the folder --out (default sweep)")
     given = vars(p.parse_args(argv))
     for key in {"resume", "eval_only", "ckpt", "steps_test"} & set(given):
         raise InputError(f"{flag(key)}: a flag of train.py alone")
