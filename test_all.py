@@ -2134,10 +2134,9 @@ def same_weights(a, b) -> bool:
 
 def planted_runs(accuracies: dict, purities: dict | None = None, n=1000) -> dict:
     """Runs, one a seed, of {lane: accuracies}."""
-    runs = {}
+    order, runs = torch.randperm(n, generator=torch.Generator().manual_seed(0)), {}
     for lane, values in accuracies.items():
         for seed, accuracy in enumerate(values):
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
             runs[lane, seed] = dict.fromkeys(interventions.MEASURES, 1.0) | {
                 "lane": lane, "reader": accuracy, "purity": (purities or {}).get(lane, values)[seed], "parameters": 1,
                 "right": "".join("01"[int(i)] for i in order < round(accuracy * n)), "gflop_per_image": 1.0,
@@ -2145,21 +2144,17 @@ def planted_runs(accuracies: dict, purities: dict | None = None, n=1000) -> dict
     return runs
 
 
-def judged(runs: dict) -> dict[str, str]:
-    """{claim: verdict}."""
-    report = interventions.summarise(runs)
-    lines = interventions.judge(report["differences"], report["factorial"])
-    return dict(line.split("; ")[0].split(": ", 1) for line in lines)
-
-
-def planted_claims(gains: dict, purities: dict | None = None, noise=0.001, seeds=5) -> dict[str, str]:
-    """Of runs with these gains over 50%, and noise of each run's own."""
+def judged(gains: dict, purities: dict | None = None, noise=0.001, seeds=5) -> dict[str, str]:
+    """{claim: verdict} of runs with these gains over 50%, and noise of each run's own."""
     g = torch.Generator().manual_seed(0)
 
     def values(level, spread):
         return [level + 0.01 * seed + spread * float(torch.randn((), generator=g)) for seed in range(seeds)]
-    return judged(planted_runs({lane: values(0.5 + gain, noise) for lane, gain in gains.items()},
-                               {lane: values(purity, 0.0005) for lane, purity in (purities or {}).items()}))
+    report = interventions.summarise(planted_runs(
+        {lane: values(0.5 + gain, noise) for lane, gain in gains.items()},
+        {lane: values(purity, 0.0005) for lane, purity in (purities or {}).items()}))
+    lines = interventions.judge(report["differences"], report["factorial"])
+    return dict(line.split("; ")[0].split(": ", 1) for line in lines)
 
 
 def test_factorial_on_planted_accuracies():
@@ -2183,23 +2178,16 @@ def test_acting_helps_on_planted_runs():
     gains = {"baseline": 0.0, "baseline@route": 0.01, "route": 0.05, "baseline@dense": 0.032, "dense": 0.03,
              "baseline@deeper": 0.02, "deeper": 0.0, "baseline@bias": 0.0, "column": 0.0, "column-random": 0.01,
              "bias": 0.04, "baseline@column": 0.0, "route+dense": -0.02, "baseline@route+dense": 0.03}
-    assert planted_claims(gains) == {           # column-random: without its compute's baseline
+    assert judged(gains) == {           # column-random: without its compute's baseline
         "C4, route": "supported", "C4, bias": "supported", "C4, route+dense": "refuted",
         **dict.fromkeys(("C4, dense", "C4, column", "C4, deeper"), "not decided here")}
     for control in ("column", "column-random"):        # any column would do
-        assert planted_claims(gains | {control: 0.04})["C4, bias"] == "not decided here"
-    assert planted_claims(gains, seeds=4) == {}
-    assert planted_claims(gains, noise=0.06)["C4, route"].startswith("cannot be seen at this power (least effect ")
-    # a p of about 0.03 supports alone, not beside five lanes more: Holm
-    runs = planted_runs({lane: [0.52] * 5 for lane in gains})
-    over = [0.009, 0.001, 0.007, 0.002, 0.005]
-    for seed, gain in enumerate(over):
-        runs["route", seed]["reader"] += gain
-    alone = {key: run for key, run in runs.items() if key[0] in ("baseline", "route", "baseline@route")}
-    assert judged(alone)["C4, route"] == "supported" and judged(runs)["C4, route"] == "not decided here"
-    row = interventions.summarise(runs)["differences"]["route - baseline"]
-    # t of 4 degrees of freedom: 2.776 at 0.975, 0.941 at 0.8
-    assert abs(row["least"] - (2.776 + 0.941) * np.std(over, ddof=1) / 5 ** 0.5) < 1e-5
+        assert judged(gains | {control: 0.04})["C4, bias"] == "not decided here"
+    assert judged(gains, seeds=4) == {}
+    assert judged(gains, noise=0.06)["C4, route"].startswith("cannot be seen at this power (least effect ")
+    alone = {lane: gains[lane] for lane in ("baseline", "route", "baseline@route")}
+    assert judged(alone, noise=0.015)["C4, route"] == "supported"              # Holm: not beside five lanes more
+    assert judged(alone | gains, noise=0.015)["C4, route"].startswith("cannot be seen")
 
 
 def test_power_of_a_gain():
@@ -2215,12 +2203,12 @@ def test_power_of_a_gain():
 def test_adding_up_on_planted_runs():
     """Additive gains, gains that cancel, none, and noise in which nothing could be seen."""
     def verdict(single, beyond=0.0, **more):
-        gains = {lane: sum(single[part] for part in lane.split("+") if part in single)
-                 + beyond * (lane == interventions.CELL_LANES[-1]) for lane in interventions.CELL_LANES}
-        return planted_claims(gains, **more).get("C4, adding up")
+        gains = {lane: sum(single.get(part, 0) for part in lane.split("+")) for lane in interventions.CELL_LANES}
+        gains["route+bias+dense"] += beyond
+        return judged(gains, **more).get("C4, adding up")
     single = {"route": 0.05, "bias": 0.02, "dense": 0.01}
     assert verdict(single) == "additive" and verdict(single, -0.05) == verdict(single, -0.02) == "not additive"
-    assert verdict(single, noise=0.02).startswith("no verdict: ") and verdict(single, seeds=2) is None
+    assert verdict(single, seeds=2) is None and verdict(single, noise=0.02).startswith("no verdict: ")
     assert verdict({}) == verdict({"route": -0.05}) == verdict(single, noise=0.02)
     unsure = {"over_seeds": (0.01, -0.003, 0.023), "least": 0.018}
     assert interventions.additivity_verdict(unsure, True) == "not decided here"
@@ -2230,13 +2218,12 @@ def test_pressure_on_planted_runs():
     """C1c: classes that hurt more than random labels; random labels that hurt as much; a gain; no control."""
     purities = {"baseline64": 0.2, "cluster1": 0.3, "cluster-random1": 0.2, "cluster0.1": 0.2, "cluster0.01": 0.3}
     gains = {"baseline64": 0.0, "cluster1": -0.05, "cluster-random1": -0.01, "cluster0.1": -0.05, "cluster0.01": -0.05}
-    assert planted_claims(gains, purities, seeds=3) == {       # cluster0.1 lacks its random labels, 0.01 has none
+    assert judged(gains, purities, seeds=3) == {       # cluster0.1 lacks its random labels, 0.01 has none
         "C1c, cluster1": "supported", "C1c, cluster0.01": "not decided here"}
     for changed, expected in (({"cluster-random1": -0.05}, "not decided here"), ({"cluster1": 0.05}, "refuted")):
-        assert planted_claims(gains | changed, purities, seeds=3)["C1c, cluster1"] == expected
-    same_purity = planted_claims(gains, purities | {"cluster1": 0.2}, seeds=3)
-    assert same_purity["C1c, cluster1"] == "not decided here"
-    assert planted_claims(gains, purities, seeds=2) == {}
+        assert judged(gains | changed, purities, seeds=3)["C1c, cluster1"] == expected
+    assert judged(gains, purities | {"cluster1": 0.2}, seeds=3)["C1c, cluster1"] == "not decided here"
+    assert judged(gains, purities, seeds=2) == {}
 
 
 def test_differences_of_planted_runs():
@@ -2286,17 +2273,15 @@ def test_what_a_lane_loses():
 def test_sweep_command():
     """A small sweep: a lane is not what it says, its printed command gives other weights, what is finished is made
     again, a run that fails ends it."""
-    lanes = ["cluster1", "cluster-random1", "column", "colour", "deeper", "route+bias+dense"]
+    lanes = ["cluster1", "cluster-random1", "column", "colour", "deeper", "baseline@deeper", "route+bias+dense"]
     half = [*SWEEP, "--fraction", "0.5", "--lanes"]
     with folder() as here:
         status, out, err = sweep([*half, *lanes])
         assert status == 0 and not err, (out, err)
         text, runs = Path("sweep/report.md").read_text(), interventions.read_runs(here / "sweep")
         runs = {lane: run for (lane, _), run in runs.items()}
-        commands = {lane: interventions.command_of(run) for lane, run in runs.items()}
-        assert set(runs) == {"baseline", "baseline64", *lanes} and all(each in text for each in commands.values())
+        assert set(runs) == {"baseline", "baseline64", *lanes}
         assert names_in("sweep") == {"runs", "sweep.json", "report.md", "report.json", "lanes.png", "clusters.png"}
-        assert runs["deeper"]["gflop_per_image"] >= 1.25 * runs["colour"]["gflop_per_image"]
         saved = {}
         for lane, run in runs.items():         # the model's own accuracy, of a colour branch and drawn pixels too
             content = read_checkpoint(run_file("sweep", f"{lane}-seed0.pt"))
@@ -2307,11 +2292,13 @@ def test_sweep_command():
         assert not saved["cluster1"]["cluster_random"] and saved["cluster-random1"] == saved["cluster1"] | random
         joined = {"steps": 6, "fraction": 1.0, "branch": "bias", "readout": 8}
         assert saved["route+bias+dense"] | joined == saved["route+bias+dense"]
-        column = runs["baseline"]["highest_column"]
-        assert saved["column"]["branch"] == f"column:{column}" and 0 <= column < 8
-        for lane in ("column", "cluster-random1", "route+bias+dense"):
-            threads, program, file, *words = shlex.split(commands[lane])
-            assert threads == f"OMP_NUM_THREADS={torch.get_num_threads()}" and [program, file] == ["python", "train.py"]
+        assert saved["column"]["branch"] == f"column:{runs['baseline']['highest_column']}"
+        cost = {lane: run["gflop_per_image"] * run["training"]["epochs"] for lane, run in runs.items()}
+        assert cost["deeper"] > 1.5 * cost["baseline"] and abs(cost["baseline@deeper"] / cost["deeper"] - 1) < 0.005
+        for lane in ("column", "cluster-random1", "baseline@deeper"):
+            line = interventions.command_of(runs[lane])
+            threads, program, file, *words = shlex.split(line)
+            assert line in text and [threads, program, file] == ["OMP_NUM_THREADS=1", "python", "train.py"]
             if lane == "column":
                 assert finish(start_program("train.py", words, threads))[0] == 0
             else:
@@ -2331,19 +2318,6 @@ def test_sweep_command():
         status, out, err = sweep([*SWEEP, "--lanes", "wt", "column", "--lr", "1e30", "--out", "bad"])
         assert status == 1 and err.count("not finite") == 2 and "no run is finished" in err, (out, err)
         assert "column, seed 0\nleft out: needs its seed's baseline" in out, out
-
-
-def test_baseline_of_a_lanes_compute():
-    """It does not cost what the lane costs, or its command does not give it."""
-    with folder() as here:
-        lanes = ["dense", "column", "baseline@column", "baseline@dense"]
-        assert sweep([*SWEEP, "--fraction", "0.5", "--lanes", *lanes])[0] == 0
-        runs = {lane: run for (lane, _), run in interventions.read_runs(here / "sweep").items()}
-        cost = {lane: run["gflop_per_image"] * run["training"]["epochs"] for lane, run in runs.items()}
-        assert cost["dense"] > 2 * cost["baseline"] and abs(cost["baseline@dense"] / cost["dense"] - 1) < 0.005
-        trained(shlex.split(interventions.command_of(runs["baseline@dense"]))[3:])
-        assert same_weights(run_file("sweep", "baseline@dense-*.pt"), "baseline@dense-seed0.pt")
-        assert same_weights(run_file("sweep", "baseline@column-*.pt"), run_file("sweep", "baseline-*.pt"))
 
 
 def test_what_a_sweep_refuses():
@@ -2374,21 +2348,20 @@ def test_what_a_sweep_refuses():
         "baseline", "dense", "baseline@route+bias"]
 
 
+@folder()
 def test_claimed_runs():
     """A claim is not respected, or is for ever where it and the checkpoint have been silent for long."""
-    with folder():
-        path, checkpoint = Path("run.claim"), Path("run.pt")
-        for minutes, ages, taken in ((5, {}, True), (5, {path: 590}, False), (5, {path: 610}, True),
-                                     (5, {path: 900, checkpoint: 590}, False), (5, {path: 590, checkpoint: 900}, False),
-                                     (5, {path: 900, checkpoint: 610}, True),
-                                     (20, {path: 900, checkpoint: 610}, False)):
-            for file in (path, checkpoint):
-                file.unlink(missing_ok=True)
-            for file, age in ages.items():
-                file.touch()
-                os.utime(file, (time.time() - age,) * 2)
-            args = types.SimpleNamespace(out="run.pt", save_minutes=minutes)
-            assert interventions.claim(args) == taken and path.exists() and not interventions.claim(args), ages
+    claim, saved = Path("run.claim"), Path("run.pt")
+    for minutes, ages, taken in ((5, {}, True), (5, {claim: 590}, False), (5, {claim: 610}, True),
+                                 (5, {claim: 900, saved: 590}, False), (5, {claim: 590, saved: 900}, False),
+                                 (5, {claim: 900, saved: 610}, True), (20, {claim: 900, saved: 610}, False)):
+        for path in names_in("."):
+            Path(path).unlink()
+        for path, age in ages.items():
+            path.touch()
+            os.utime(path, (time.time() - age,) * 2)
+        args = types.SimpleNamespace(out="run.pt", save_minutes=minutes)
+        assert interventions.claim(args) == taken and claim.exists() and not interventions.claim(args), ages
 
 
 def test_two_sweeps_share_a_folder():
@@ -2443,8 +2416,7 @@ def test_recorded_runs_are_recognised():
     assert {key: (run["reader"], run["purity"]) for key, run in runs.items()} == {
         (run["lane"], run["seed"]): (run["reader"], run["purity"]) for run in recorded}
     facts = 3, range(10)
-    usual = interventions.image_flops(base, facts)
-    assert interventions.lane_flags("deeper", base, facts, usual) == {"reader_depth": 13}
+    assert interventions.lane_flags("deeper", base, facts, interventions.image_flops(base, facts))["reader_depth"] == 13
     assert len(report["claims"]) == 1 and "accuracy +0.55 [" in report["claims"][0]
     lost = {row["lane"]: row["lost"][0] for row in report["lanes"]}
     assert lost["route+bias"] is None and lost["bias"] is None and 0.15 < lost["baseline"] < 0.16
