@@ -4,7 +4,7 @@
     python bench.py cost             # time and memory as batch, pixels, width, k grow; a figure
     python bench.py imagenet         # hours for ImageNet-1K at this speed, decoding not counted
 
-Prints a table and writes its numbers to --out, *.json. Three ways (--no-compile: all eager):
+Writes its numbers to --out, *.json. Three ways (--no-compile: all eager):
 
     A  inner gradients in closed form, one backward pass: what train.py does
     B  the textbook: autograd through autograd, two backward passes; always eager
@@ -117,7 +117,7 @@ def measure(args, path: str, parts: bool) -> dict:
 
 
 def measure_parts(model: train.MWT, groups, batch) -> dict:
-    """The parts of an eager step, and the best of ten large matrix products."""
+    """The parts of an eager step, and a large matrix product."""
     device, (coords, values, _) = model.coords.device, batch
     tokens = model.tokens(model.fit_and_error(coords, values)[0]).detach().requires_grad_()
     inner, read, step = (median(timed(action, 5, device)) for action in (
@@ -143,7 +143,7 @@ def in_a_process(function, *args):
 # ---- Which steps are measured, and what follows --------------------------------------------------
 
 def plan(args) -> list[tuple]:
-    """(what, its value, path, settings) of each measurement. InputError: they do not go together."""
+    """(what, its value, path, settings) of each measurement."""
     if args.mode == "paths":
         return [("turn", turn, path, args) for turn in (1, 2) for path in "ABC"]
     if args.mode == "imagenet":
@@ -202,7 +202,7 @@ def run(argv: list[str]):
     p.add_argument("mode", nargs="?", choices=("paths", "cost", "imagenet"), default="paths")
     explicit = vars(p.parse_args(argv))
     for name in UNUSED & set(explicit):
-        raise InputError(f"{settings.flag(name)}: does not shape the step that is measured")
+        raise InputError(f"{settings.flag(name)}: does not shape a step")
     usual = {"dataset": "cifar10", "out": "bench.json"}
     if explicit["mode"] == "imagenet":
         usual |= {"size": 320, "width": 256, "fraction": 0.01}

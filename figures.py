@@ -390,19 +390,17 @@ def purity_points(axis, points: list[tuple]):
                       capsize=2, label=name if names.index(name) == i else None)
 
 
-def contrasts_figure(path: Path, found: dict, square: str):
-    """Differences or effects {name: row} by their two kinds of interval, a panel each. square: what
-    those with an @ or x in their name are."""
+def contrasts_figure(path: Path, found: dict):
+    """Differences or effects {name: row} by their two kinds of interval, a panel each."""
     kinds = {"over_seeds": "Intervals over n seeds: of the method",
              "over_images": "Intervals over the images of one seed: of its models"}
     kinds = {key: title for key, title in kinds.items() if any(row[key] for row in found.values())}
     size = 3 + 5 * len(kinds), 1.8 + 0.28 * len(found)
     figure, axes = canvas(1, len(kinds), *size, sharey=True)
     for axis, (key, title) in zip(axes, kinds.items()):
-        dots(axis, [(f"{name} (n = {len(row['gains'])})", row[key] or (math.nan,) * 3,
-                     "C1s" if "@" in name or " x " in name else "C0o")
+        dots(axis, [(f"{name} (n = {len(row['gains'])})", row[key] or (math.nan,) * 3, "C0o")
                     for name, row in found.items()])
-        label(axis, f"{title}\nsquare: {square}", "accuracy (points; bars: 95%)")
+        label(axis, title, "accuracy (points; bars: 95%)")
     figure.savefig(path)
 
 

@@ -170,7 +170,7 @@ def open_sweep(folder: Path, base=None) -> argparse.Namespace:
             (folder / "runs").mkdir(parents=True)
             write_json(path, {"threads": torch.get_num_threads(), "settings": vars(base)})
         found = json.loads(path.read_text())
-        saved = RECIPE | {key: found["settings"][key] for key in RECIPE if key in found["settings"]}
+        saved = RECIPE | found["settings"]
         torch.set_num_threads(found["threads"])
     except Exception as error:                 # whatever a file of something else brings
         raise InputError(f"--out {folder}: not of a sweep, or damaged: {error}") from error
@@ -214,41 +214,36 @@ def claim(args) -> bool:
         return False
 
 
-def make(args) -> bool:
-    """Trains a run, or goes on with it, and diagnoses it; whether that went well."""
-    flags = [*as_flags(vars(args)), *COMPILE[args.compile], *["--resume"] * Path(args.out).exists()]
-    torch.compiler.reset()                     # as in a process of its own
-    try:
-        train.main(flags)
-        write_json(Path(args.out).with_suffix(".diagnosis.json"), diagnose(args))
-        return True
-    except SystemExit as error:
-        if error.code >= 128:                  # by Ctrl-C or SIGTERM; train.py has saved
-            raise Stop(error.code, "stopped; the same command goes on") from None
-    except Exception:                          # no disk, no memory: the next run may go
-        traceback.print_exc()
-    return False
-
-
 def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
-    """Makes what is not finished. lanes: their flags. Returns the runs that failed."""
+    """Trains and diagnoses what is not finished, or goes on with it; returns what failed."""
     failed = []
     for seed, (lane, flags) in itertools.product(seeds, lanes.items()):
         runs = read_runs(folder)
         if (lane, seed) in runs:
             continue
-        print(f"---- {lane}, seed {seed}", flush=True)
+        name = f"{lane} seed {seed}"
+        print(f"---- {name}", flush=True)
         args = run_args(folder, base, lane, flags, seed, runs)
+        out, resume = Path(args.out), ["--resume"] * Path(args.out).exists()
         if args.branch == "column:None":
             print("left out: needs its seed's baseline")
-        elif not claim(args):
+            continue
+        if not claim(args):
             print("left out: of another process (if that was killed, delete the .claim)")
-        else:
-            try:
-                if not make(args):
-                    failed.append(f"{lane} seed {seed}")
-            finally:
-                Path(args.out).with_suffix(".claim").unlink(missing_ok=True)
+            continue
+        try:
+            torch.compiler.reset()             # as in a process of its own
+            train.main([*as_flags(vars(args)), *COMPILE[args.compile], *resume])
+            write_json(out.with_suffix(".diagnosis.json"), diagnose(args))
+        except SystemExit as error:            # train.py has said why
+            if error.code >= 128:              # by Ctrl-C or SIGTERM, after saving
+                raise Stop(error.code, "stopped; the same command goes on") from None
+            failed.append(name)
+        except Exception:                      # no disk, no memory: the next run may go
+            traceback.print_exc()
+            failed.append(name)
+        finally:
+            out.with_suffix(".claim").unlink(missing_ok=True)
     return failed
 
 
@@ -313,7 +308,7 @@ ADDED = "all - added up"
 def effects() -> dict[str, dict[str, float]]:
     """The lanes' weights in each effect. A main effect: the mean of those with a factor less that
     of those without; an interaction: the difference of such differences (Fisher 1935), averaged
-    over the other factors. And what all three have beyond their single gains."""
+    over the other factors. And what all three give beyond their single gains."""
     found = {}
     for size in (1, 2, 3):
         for chosen in itertools.combinations(range(3), size):
@@ -417,10 +412,10 @@ def judge(differences: dict, factorial: dict) -> list[str]:
 
 
 def correlation(runs: dict) -> list[str]:
-    """Description: does accuracy go with purity where the weight of the class loss changes both?"""
+    """Description: does accuracy go with purity as the weight of the class loss grows?"""
     some = [run for (lane, _), run in runs.items() if lane in ("baseline", "wt") or "task" in lane]
     rho = spearman(*([run[key] for run in some] for key in ("purity", "reader", "lane")))
-    return [f"no claim: rank correlation of purity and accuracy {span(rho, 1, 2)}, {len(some)} "
+    return [f"no claim: rank correlation of purity and accuracy {span(rho, 1, 2)} over {len(some)} "
             "models with other weights of the class loss"] if rho else []
 
 
@@ -433,9 +428,8 @@ image's weights less the shared anchor. PSNR: dB, of the pixels drawn. purity: s
 another image's bias column; branch: when its branch alone sees another's input. k par.: 1,000
 parameters. cost: FLOPs of training over the baseline's."""
 CONTRASTS = """\
-Points of accuracy, paired by seed. Over n seeds: of the method; least: the effect that so many
-seeds show in 80% of repeats; over images: of the models of one seed, the first. baseline@: the
-baseline trained for the lane's compute. Not corrected for their number."""
+Points of accuracy, paired by seed; not corrected for their number. Over n seeds: of the method;
+least: the effect that so many show in 80% of repeats; over images: of the models of one seed."""
 EFFECTS = """\
 Do gains add up? A factor: with it less without it, averaged over the others; a x b: the difference
 of such differences; all - added up: the three together less baseline and single gains."""
@@ -472,12 +466,11 @@ def write_report(folder: Path, base, runs: dict):
     lines = [*judge(differences, factorial), *correlation(runs)]
     tables, drawn = [lane_table(lanes), LANES_TABLE], ["clusters.png"]
     figures.clusters_figure(folder / "clusters.png", lanes)
-    for name, found, about, square in (
-            ("lanes.png", differences, CONTRASTS, "less the baseline of the lane's compute"),
-            ("factorial.png", factorial, EFFECTS, "interaction")):
+    for name, found, about in (("lanes.png", differences, CONTRASTS),
+                               ("factorial.png", factorial, EFFECTS)):
         if found:
             tables += [contrast_table(found), about]
-            figures.contrasts_figure(folder / name, found, square)
+            figures.contrasts_figure(folder / name, found)
             drawn.append(name)
     one, images = next(iter(runs.values())), "held-out training" if base.val else "test"
     rules = (judge, claims.pressure_verdict, claims.helps_verdict, additivity_verdict)

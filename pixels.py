@@ -77,8 +77,8 @@ def from_checkpoint(content: dict, device="cpu") -> Pixels:
 
 
 def count_flops(model: nn.Module, *inputs: Tensor) -> int:
-    """FLOPs (a multiply-add is two) of the matrix products of model(*inputs) and its backward pass,
-    counted by torch on copies that take no memory."""
+    """FLOPs (a multiply-add is two) of the matrix products of model(*inputs), forward and backward,
+    counted on copies without memory."""
     model, inputs = copy.deepcopy(model).to("meta"), [x.to("meta") for x in inputs]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, \
             sdpa_kernel(SDPBackend.MATH):
@@ -89,8 +89,7 @@ def count_flops(model: nn.Module, *inputs: Tensor) -> int:
 # ---- Its recipe ----------------------------------------------------------------------------------
 
 def choose(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
-    """The best setting on a held-out fifth of the training images, one flag after the other; after
-    every trial write() is called."""
+    """The best setting on a held-out fifth of the training images, one flag after the other."""
     held = torch.zeros_like(fits.labels, dtype=torch.bool)
     held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
     rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
@@ -104,7 +103,7 @@ def choose(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
         trials.append(setting | {"held_out": metrics["test_accuracy"]})
         write()
         path.unlink()
-        print("spread {spread:g}, lr {lr:.3g}, {epochs} epochs: {held_out:.2%}".format(**trials[-1]))
+        print(f"{setting}: {metrics['test_accuracy']:.2%} held out", flush=True)
         return metrics["test_accuracy"]
 
     # The rate first: where it is too low nothing is learnt, whatever the spread.
@@ -127,7 +126,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--choose", action="store_true", help="try settings around those given")
     given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
     for name in given.keys() - {*USED, "spread", "choose"}:
-        raise InputError(f"{settings.flag(name)}: means nothing to patches of pixels")
+        raise InputError(f"{settings.flag(name)}: means nothing to pixels")
     args = vars(settings.settings(given))
     settings.check_output(argparse.Namespace(out=args["out"], resume=True))
     return argparse.Namespace(**{key: args[key] for key in (*USED, "token_scale", *given)})
@@ -142,7 +141,7 @@ def open_report(args, path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["flags"] == flags:
             return report
-    raise InputError(f"--out {args.out}: it or {path} is of another command; choose another")
+    raise InputError(f"--out {args.out}: it or {path} is of another command")
 
 
 def run(argv: list[str] | None):
