@@ -215,16 +215,14 @@ def claim(args) -> bool:
 
 
 def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
-    """Trains and diagnoses what is not finished, or goes on with it; returns what failed."""
+    """Trains and diagnoses each run that is not finished; returns what failed."""
     failed = []
     for seed, (lane, flags) in itertools.product(seeds, lanes.items()):
-        runs = read_runs(folder)
+        runs, name = read_runs(folder), f"{lane} seed {seed}"
         if (lane, seed) in runs:
             continue
-        name = f"{lane} seed {seed}"
         print(f"---- {name}", flush=True)
         args = run_args(folder, base, lane, flags, seed, runs)
-        out, resume = Path(args.out), ["--resume"] * Path(args.out).exists()
         if args.branch == "column:None":
             print("left out: needs its seed's baseline")
             continue
@@ -232,6 +230,8 @@ def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
             print("left out: of another process (if that was killed, delete the .claim)")
             continue
         try:
+            out = Path(args.out)
+            resume = ["--resume"] if out.exists() else []
             torch.compiler.reset()             # as in a process of its own
             train.main([*as_flags(vars(args)), *COMPILE[args.compile], *resume])
             write_json(out.with_suffix(".diagnosis.json"), diagnose(args))

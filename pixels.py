@@ -55,8 +55,8 @@ class Pixels(nn.Module):
         self.read, self.trace = self.reader.forward, self.reader.trace
 
     def fit(self, images: Tensor) -> Tensor:
-        """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one
-        each, then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
+        """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one,
+        then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
         own, and its offsets beta have room to say where a patch is, apart from its grey levels."""
         planes = images.reshape(-1, self.together, self.size, self.size)
         patches = F.unfold(planes, self.side, stride=self.side).mT.reshape(

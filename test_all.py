@@ -2303,7 +2303,7 @@ def test_what_a_sweep_refuses():
     def rejected(argv, word):
         refused(argv, word, main=interventions.main)
 
-    with folder() as here, replaced(interventions, "step_flops", lambda *_: 1):
+    with folder() as here, replaced(interventions, "step_flops", lambda args, *_: args.reader_depth):
         assert sweep([*SWEEP, "--lanes", "baseline"])[0] == 0
         for argv, word in (
                 (["--lanes", "all", "magic"], "magic"), (["--lanes", "baseline@magic"], "baseline@magic"),
