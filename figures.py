@@ -392,15 +392,15 @@ def purity_points(axis, points: list[tuple]):
 
 def contrasts_figure(path: Path, found: dict):
     """Differences or effects {name: row} by their two kinds of interval, a panel each."""
-    kinds = {"over_seeds": "Intervals over n seeds: of the method",
-             "over_images": "Intervals over the images of one seed: of its models"}
+    kinds = {"over_seeds": "Intervals over n seeds: what the method does",
+             "over_images": "Intervals over the images of one seed: its models alone"}
     kinds = {key: title for key, title in kinds.items() if any(row[key] for row in found.values())}
     size = 3 + 5 * len(kinds), 1.8 + 0.28 * len(found)
     figure, axes = canvas(1, len(kinds), *size, sharey=True)
     for axis, (key, title) in zip(axes, kinds.items()):
         dots(axis, [(f"{name} (n = {len(row['gains'])})", row[key] or (math.nan,) * 3, "C0o")
                     for name, row in found.items()])
-        label(axis, title, "accuracy (points; bars: 95%)")
+        label(axis, title, "difference of accuracy (points; bars: 95%)")
     figure.savefig(path)
 
 
