@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import claims
 import figures
 import train
 from bench import step_flops
 from checkpoint import InputError, Stop, exits, generator, model_from, read_checkpoint
-from claims import OPEN, POINTS, fold, percent, side, span, table
+from claims import (OPEN, POINTS, fold, helps_verdict, percent, pressure_verdict, side, span,
+                    table)
 from data import load_dataset
 from diagnostics import Fitted, accuracy, clustering, coordinate_systems, fit_all
 from measures import bootstrap, holm, spearman, t_interval, t_quantile, t_test
@@ -248,9 +248,6 @@ def work(folder: Path, base, lanes: dict[str, dict], seeds) -> list[str]:
 
 
 # ---- Its diagnosis -------------------------------------------------------------------------------
-#
-# On the test images: accuracy, geometry of the weights, and what it costs when the reader's blocks
-# alone see another image's bias column, or its branch alone another image's input.
 
 def predictions(model, fits: Fitted, blocks=None, branch=None) -> Tensor:
     """The model's own (n,). blocks, branch: for each image the one (n,), if not itself, whose bias
@@ -270,6 +267,7 @@ def predictions(model, fits: Fitted, blocks=None, branch=None) -> Tensor:
 
 
 def diagnose(args) -> dict:
+    """Of the test images: accuracy, geometry of the weights, and what exchanges cost."""
     content, device = read_checkpoint(args.out), find_device(args.device)
     model = model_from(content, args.out, device).eval().requires_grad_(False)
     model.bf16 = False                         # small differences are compared
@@ -298,9 +296,9 @@ def diagnose(args) -> dict:
 
 # ---- Contrasts -----------------------------------------------------------------------------------
 #
-# Weighted sums of lanes' accuracies, as a lane less another, or the effects of the factors, whose
-# eight lanes are a 2^3 factorial design. By seed: a t interval over seeds and beside it, never in
-# its place, a bootstrap over the images of one seed.
+# Weighted sums of lanes' accuracies: a lane less another; the effects of the factors, whose eight
+# lanes are a 2^3 factorial design. By seed: a t interval over seeds and beside it, never in its
+# place, a bootstrap over the images of one seed.
 
 ADDED = "all - added up"
 
@@ -350,16 +348,6 @@ def contrasts(runs: dict, asked: dict[str, dict[str, float]]) -> dict[str, dict]
     return found
 
 
-def summarise(runs: dict) -> dict:
-    """The report's numbers. runs: by (lane, seed)."""
-    lanes = list(dict.fromkeys(lane for lane, _ in runs))
-    pairs = {f"{lane} - {other}": {lane: 1, other: -1}
-             for lane in lanes for other in rivals(lane) if lane != other}
-    rows = [lane_row(lane, [run for key, run in runs.items() if key[0] == lane]) for lane in lanes]
-    return {"lanes": rows, "differences": contrasts(runs, pairs),
-            "factorial": contrasts(runs, effects())}
-
-
 def lane_row(lane: str, runs: list[dict]) -> dict:
     """Of each measure a lane's mean and, over seeds, standard deviation."""
     row = {"lane": lane, "n": len(runs), "parameters": runs[0]["parameters"],
@@ -369,6 +357,17 @@ def lane_row(lane: str, runs: list[dict]) -> dict:
         row[key] = (statistics.fmean(values) if values else None,
                     statistics.stdev(values) if values[1:] else None)
     return row
+
+
+def summarise(runs: dict) -> dict:
+    """The report's numbers. runs: by (lane, seed)."""
+    lanes = {}
+    for (lane, _), run in runs.items():
+        lanes.setdefault(lane, []).append(run)
+    pairs = {f"{lane} - {other}": {lane: 1, other: -1}
+             for lane in lanes for other in rivals(lane) if lane != other}
+    return {"lanes": [lane_row(lane, of) for lane, of in lanes.items()],
+            "differences": contrasts(runs, pairs), "factorial": contrasts(runs, effects())}
 
 
 # ---- Claims: C1c and C4 --------------------------------------------------------------------------
@@ -396,14 +395,14 @@ def judge(differences: dict, factorial: dict) -> list[str]:
     for lane in PRESSED:
         if rows := compared(lane, 3):
             purity, beyond = rows[0]["purity"], rows[1]["over_seeds"] if rows[1:] else None
-            verdict = claims.pressure_verdict(purity, rows[0]["over_seeds"], beyond)
+            verdict = pressure_verdict(purity, rows[0]["over_seeds"], beyond)
             lines.append(f"C1c, {lane}: {verdict}; purity {span(purity, 1, 3)}")
     helped = {lane: rows for lane in JUDGED if (rows := compared(lane, 5))}
     p_values = holm([t_test(rows[0]["gains"]) for rows in helped.values()])
     for (lane, rows), p in zip(helped.items(), p_values):
         gains = dict(zip(rivals(lane), (row["over_seeds"] for row in rows)))
         least = max(row["least"] for row in rows)                      # support needs all of them
-        lines.append(f"C4, {lane}: {claims.helps_verdict(gains, least, p)}; p {p:.3f}")
+        lines.append(f"C4, {lane}: {helps_verdict(gains, least, p)}; p {p:.3f}")
     if factorial and len(factorial[ADDED]["gains"]) >= 3:
         gained = any(side(differences[f"{lane} - baseline"]["over_seeds"], 0) > 0
                      for lane in CELL_LANES[1:])
@@ -429,7 +428,8 @@ another image's bias column; branch: when its branch alone sees another's input.
 parameters. cost: FLOPs of training over the baseline's."""
 CONTRASTS = """\
 Points of accuracy, paired by seed; not corrected for their number. Over n seeds: of the method;
-least: the effect that so many show in 80% of repeats; over images: of the models of one seed."""
+least: the effect that so many show in 80% of repeats; over images: of the models of one seed.
+baseline@: the baseline trained for the lane's compute."""
 EFFECTS = """\
 Do gains add up? A factor: with it less without it, averaged over the others; a x b: the difference
 of such differences; all - added up: the three together less baseline and single gains."""
@@ -462,7 +462,7 @@ def command_of(run: dict) -> str:
 def write_report(folder: Path, base, runs: dict):
     """report.md, report.json and figures in the folder; the report without commands is printed."""
     report = summarise(runs)
-    lanes, differences, factorial = report.values()
+    lanes, differences, factorial = (report[k] for k in ("lanes", "differences", "factorial"))
     lines = [*judge(differences, factorial), *correlation(runs)]
     tables, drawn = [lane_table(lanes), LANES_TABLE], ["clusters.png"]
     figures.clusters_figure(folder / "clusters.png", lanes)
@@ -473,7 +473,7 @@ def write_report(folder: Path, base, runs: dict):
             figures.contrasts_figure(folder / name, found)
             drawn.append(name)
     one, images = next(iter(runs.values())), "held-out training" if base.val else "test"
-    rules = (judge, claims.pressure_verdict, claims.helps_verdict, additivity_verdict)
+    rules = (judge, pressure_verdict, helps_verdict, additivity_verdict)
     text = fold("\n\n".join([
         f"# Interventions on {base.dataset}, {base.size}x{base.size} pixels",
         f"{len(runs)} runs; {len(one['right'])} {images} images; {one['device']}.",
