@@ -346,7 +346,7 @@ def summary_figure(path: Path, model: dict):
     figure.savefig(path)
 
 
-# ---- Several models; a sweep's figures return whether there was anything to draw -----------------
+# ---- Several models ------------------------------------------------------------------------------
 
 def models_figure(path: Path, result: dict):
     """Purity against accuracy, and which stage's purity goes with accuracy."""
@@ -380,73 +380,30 @@ def purity_points(axis, points: list[tuple]):
                       capsize=2, label=name if names.index(name) == i else None)
 
 
-def lanes_figure(path: Path, report: dict, images: str) -> bool:
-    """Accuracy of each lane less its rivals'. images: what one seed's intervals are over."""
-    groups = {"over_seeds": [], "over_images": []}
-    for each in report["differences"]:
-        groups["over_seeds" if each["over_seeds"] else "over_images"].append(each)
-    groups = {over: rows for over, rows in groups.items() if rows}
-    if groups:
-        heights = [4 + len(rows) for rows in groups.values()]
-        figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(heights), height_ratios=heights)
-        for axis, (over, rows) in zip(axes, groups.items()):
-            dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})", each[over],
-                         "C1s" if "@" in each["minus"] else "C0o") for each in rows])
-            what = "n seeds" if over == "over_seeds" else f"{images} of one seed"
-            label(axis, f"Intervals over {what}\nsquare: less the baseline of its compute",
-                  "difference of accuracy (points; bars: 95%)")
-        figure.savefig(path)
-    return bool(groups)
+def contrasts_figure(path: Path, found: dict):
+    """Differences or effects {name: row} by their two kinds of interval, a panel each."""
+    kinds = {"over_seeds": "Intervals over n seeds: what the method does",
+             "over_images": "Intervals over the images of one seed: its models alone"}
+    kinds = {key: title for key, title in kinds.items() if any(row[key] for row in found.values())}
+    size = 3 + 5 * len(kinds), 1.8 + 0.28 * len(found)
+    figure, axes = canvas(1, len(kinds), *size, sharey=True)
+    for axis, (key, title) in zip(axes, kinds.items()):
+        dots(axis, [(f"{name} (n = {len(row['gains'])})", row[key] or (math.nan,) * 3, "C0o")
+                    for name, row in found.items()])
+        label(axis, title, "difference of accuracy (points; bars: 95%)")
+    figure.savefig(path)
 
 
-def clusters_figure(path: Path, report: dict, images: str) -> bool:
+def clusters_figure(path: Path, lanes: list[dict]):
     """Purity of phi - theta against accuracy as the weight of a loss grows."""
-    series = []
-    for key, loss, without, prefix in (
-            ("w_task", "class loss", ("baseline", "wt"), "task"),
-            ("w_cluster", "contrastive loss\nhollow: random labels", ("baseline64",), "cluster")):
-        rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
-            row["lane"] in without or row["lane"].startswith(prefix))]
-        if len(rows) > 1:
-            series.append((key, loss, sorted(rows, key=lambda row: (row[key], row["lane"]))))
-    if series:
-        figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
-        for axis, (key, loss, rows) in zip(axes, series):
-            purity_points(axis, [(f"{row['lane']}, n = {row['n']}", row["purity"], row["reader"],
-                                  "random" not in row["lane"]) for row in rows])
-            label(axis, f"{key}: weight of the {loss}", PURITY,
-                  "reader accuracy (%; bars: sd over n seeds)", True)
-        figure.savefig(path)
-    return bool(series)
-
-
-def factorial_figure(path: Path, report: dict, images: str) -> bool:
-    """Route, bias and dense, alone and together."""
-    found = report["factorial"]
-    if found:
-        figure, (axis,) = canvas(1, 1, 8, 4.4)
-        dots(axis, [(name, interval,
-                     "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
-                    for name, interval in found["accuracy"].items()])
-        over = f"{found['seeds']} seeds" if found["seeds"] > 1 else f"{images}, one seed"
-        label(axis, "Do gains add up? circle: main effect; square: interaction;\n"
-              "diamond: measured - (baseline + single gains)",
-              f"accuracy (points; bars: 95%, over {over})")
-        figure.savefig(path)
-    return bool(found)
-
-
-def population_figure(path: Path, report: dict, images: str) -> bool:
-    """Which stage's purity goes with accuracy, over models that differ in one loss's weight."""
-    points = [(f"{name}: {each['models']} models, {each['settings']} weights", stage, rho)
-              for name, each in report["regimes"].items()
-              for stage, rho in each["correlations"].items()]
-    if points:
-        figure, (axis,) = canvas(1, 1, 8, 4.8)
-        curves(axis, points)
-        axis.axhline(0, color="black", linewidth=0.8)
-        label(axis, "Does purity go with accuracy? No claim: near the head\n"
-              "purity restates accuracy (below 5 weights no bars)", "stage (mean token)",
-              "Spearman's rho of purity and accuracy (bars: 95%)", True)
-        figure.savefig(path)
-    return bool(points)
+    figure, axes = canvas(1, 2, 11, 4.6, sharey=True)
+    for axis, loss, start, without in (
+            (axes[0], "class loss", "task", ("baseline", "wt")),
+            (axes[1], "contrastive loss\nhollow: random labels", "cluster", ("baseline64",))):
+        rows = [row for row in lanes if "+" not in row["lane"] and (
+            row["lane"] in without or row["lane"].startswith(start))]
+        purity_points(axis, [(f"{row['lane']}, n = {row['n']}", row["purity"], row["reader"],
+                              "random" not in row["lane"]) for row in rows])
+        label(axis, f"Lanes with another weight of the {loss}", PURITY,
+              "reader accuracy (%; bars: sd over n seeds)", bool(rows))
+    figure.savefig(path)
