@@ -8,7 +8,6 @@
 x is (n, d), a bank (n, d), queries (q, d), of floats; labels, (n,) or (q,), are integers from 0.
 Distances are Euclidean, intervals (low, high) are of 95%. Needs torch and numpy alone: copy it.
 """
-import copy
 import functools
 import math
 
@@ -141,39 +140,21 @@ DECAYS = (1.0, 1e-2, 1e-4)  # of the MLP probe's weights
 
 def fit_linear(x, labels, classes, penalty, start=None):
     """Multinomial logistic regression, a torch.nn.Linear: the least mean cross-entropy +
-    penalty * d / 2 |weight|^2, by L-BFGS (Nocedal 1980) from the layer `start` or from zero.
-
-    It varies the weight stretched along x's leading directions, where the loss is far more curved
-    than elsewhere: that halves the number of steps."""
-    layer = copy.deepcopy(start) or torch.nn.utils.skip_init(torch.nn.Linear, x.shape[1], classes)
-    layer, penalty = layer.to(x), penalty * x.shape[1]
-    if start is None:
-        layer.weight.data.zero_(), layer.bias.data.zero_()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            _, spread, V = torch.svd_lowrank(x, min(64, *x.shape), niter=1)
-        layer.leading = V, spread**2 / len(x)  # (d, r), (r,)
-    V, squares = layer.leading
-    stretch = ((squares / classes + penalty) / (squares[-1] / classes + penalty)).sqrt()  # (r,)
-
-    def stretched(weight, factors):
-        return weight + (weight @ V * (factors - 1)) @ V.T
-
-    varied, bias = stretched(layer.weight.data, stretch), layer.bias
-    varied.requires_grad_(), bias.requires_grad_()
-    optimizer = torch.optim.LBFGS([varied, bias], max_iter=50, tolerance_grad=1e-6,
-                                  tolerance_change=1e-5, line_search_fn="strong_wolfe")
+    penalty * d / 2 |weight|^2, by L-BFGS (Nocedal 1980) from the layer `start` or from zero."""
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, x.shape[1], classes).to(x)
+    for name, value in layer.named_parameters():
+        value.data.copy_(getattr(start, name) if start else torch.zeros_like(value))
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=50, tolerance_grad=1e-6,
+                                  tolerance_change=1e-6, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        weight = stretched(varied, 1 / stretch)
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels)
-        loss = loss + penalty / 2 * weight.square().sum()
+        loss = F.cross_entropy(layer(x), labels)
+        loss = loss + penalty * x.shape[1] / 2 * layer.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    layer.weight.data = stretched(varied.data, 1 / stretch)
     return layer.requires_grad_(False)
 
 
