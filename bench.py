@@ -96,24 +96,23 @@ def measure(args, path: str, parts: bool = False) -> dict:
         inner = textbook_loss_and_grad if path == "B" else functional_loss_and_grad
         model.siren.loss_and_grad = types.MethodType(inner, model.siren)
     model.inner_loop.recompute = args.recompute and path != "B"
-    groups = train.parameter_groups(model, args)
-    optimizer = train.make_optimizer(groups, args)
+    optimizer = train.make_optimizer(model, args)
 
     g, channels = generator("bench"), model.siren.head.out_features
     pixels = torch.randint(256, (n, channels, args.size, args.size), dtype=torch.uint8, generator=g)
     labels = torch.randint(10, (n,), generator=g)
     images = data.Images([], labels, pixels).resident(device, 0)
-    prepare, number = train.image_task(args, model, images, None).prepare, itertools.count()
+    prepare, number = train.preparation(args, model, images), itertools.count()
 
     def step():
-        batch = prepare((images.pixels, images.labels), next(number))
+        batch = prepare(next(number), None, images.pixels, images.labels)
         if path == "B":
             textbook_backward(model, *batch)
         else:
-            train.backward(forward, groups, *batch)
-        train.update(groups, optimizer)
+            train.backward(forward, optimizer, *batch)
+        train.update(optimizer)
 
-    batch, began = prepare((images.pixels, images.labels), next(number)), time.perf_counter()
+    batch, began = prepare(next(number), None, images.pixels, images.labels), time.perf_counter()
     if path != "B" and args.compile is not False:
         forward = train.compiled(model, *batch)
         model.zero_grad()
@@ -123,10 +122,10 @@ def measure(args, path: str, parts: bool = False) -> dict:
     result = {"ms": ms, "images_per_second": 1000 * n / median(ms), "first_step_seconds": first,
               "peak_memory_bytes": settings.peak_memory(device), "compiled": forward is not model,
               "flops": count_flops(make_model(args), n)}
-    return result | (measure_parts(model, groups, optimizer, images, batch) if parts else {})
+    return result | (measure_parts(model, optimizer, images, batch) if parts else {})
 
 
-def measure_parts(model: train.MWT, groups, optimizer, images: data.Images, batch) -> dict:
+def measure_parts(model: train.MWT, optimizer, images: data.Images, batch) -> dict:
     """The parts of an eager step (ms), evaluation, and the best of ten large matrix products."""
     device, (coords, values, _) = model.coords.device, batch
     tokens = model.tokens(model.fit_and_error(coords, values)[0]).detach().requires_grad_()
@@ -141,7 +140,7 @@ def measure_parts(model: train.MWT, groups, optimizer, images: data.Images, batc
         return median(timed(partial(function, *args), 5, device))
 
     inner, read = time_of(model.fit_and_error, coords, values), time_of(model.read, tokens)
-    step = time_of(train.backward, model, groups, *batch)
+    step = time_of(train.backward, model, optimizer, *batch)
     return {"phases_ms": {"inner loop": inner, "reader": read, "backward": step - inner - read,
                           "optimizer": time_of(optimizer.step)},
             "evaluation_images_per_second": 1000 * n / time_of(train.evaluate, model, images),

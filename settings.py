@@ -25,16 +25,14 @@ LAUNCH = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
 
 def number(low: float, high: float = math.inf, above: bool = False, kind=float):
     """Parses a finite number of at least `low`, or above it, and at most `high`."""
-    wanted = "a whole number" if kind is int else "a number"
-    wanted += f" {'above' if above else 'of at least'} {low}"
-    wanted += f" and at most {high}" if high < math.inf else ""
-
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and value < math.inf and not (above and value == low):
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a {'whole ' * (kind is int)}number {'above' if above else 'from'} "
+            f"{low}{f' to {high}' * (high < math.inf)}")
     return parse
 
 
@@ -73,7 +71,7 @@ FLAGS = {
         ("token_scale", number(0), 500.0, "lambda, factor on the tokens; 0: layer norm instead"),
         ("readout", whole(0), 0, "learned queries that gather the tokens; 0: their mean"),
         ("branch", str, None, "bias, column:N or colour: that column of the tokens, or the "
-                                      "mean colour, to the logits past the reader's blocks"),
+                              "mean colour, to the logits past the reader's blocks"),
         ("centre_colour", None, False, "remove each image's mean colour before it is fitted")],
     "training": [
         ("w_task", number(0), 0.01, "weight of the class loss for the INR; 0 is WT"),
@@ -93,7 +91,7 @@ FLAGS = {
         ("data_root", str, "data", "folder of the downloaded data sets"),
         ("workers", whole(0), min(8, os.cpu_count() or 1), "processes that decode image files"),
         ("out", str, "out.pt", "checkpoint, *.pt; *.json and *.png are written beside it"),
-        ("resume", None, False, "go on with the run saved in --out"),
+        ("resume", None, False, "go on with the run saved in --out; its flags need not be given"),
         ("save_minutes", number(0), 5.0, "minutes between checkpoints, beside one an epoch"),
         ("device", str, "auto", "auto (CUDA if there is one), or a torch device"),
         ("recompute", None, False, "the backward pass computes the inner steps again: less memory"),
@@ -104,8 +102,10 @@ RECIPE = {name: default for group in FLAGS.values() for name, _, default, _ in g
 DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
 HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # from 64 pixels a side
 
-FREE = {name for name, *_ in FLAGS["run (changes no result)"]}
 CORE = ("width", "depth", "omega", "steps", "shared_lr", "centre_colour")  # what --init-from brings
+FREE = {name for name, *_ in FLAGS["run (changes no result)"]}             # beside --resume
+FREE_IN_EVALUATION = FREE | {"dataset", "test_size", "steps_test", "fraction", "precision",
+                             "val"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,17 +116,15 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str = "") -> Parser:
     """All flags. What is not given is absent from the result."""
     p = Parser(prog="train.py", description=description, allow_abbrev=False,
-               argument_default=argparse.SUPPRESS)
+               argument_default=argparse.SUPPRESS, epilog="Other defaults for digits: "
+               f"{' '.join(as_flags(DIGITS))}; from 64 pixels a side on: "
+               f"{' '.join(as_flags(HIGH_RESOLUTION))}.")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
-            usual = {"": default, "digits ": DIGITS.get(name),
-                     "64 pixels and more ": HIGH_RESOLUTION.get(name)}
-            usual = [f"{where}{value}" for where, value in usual.items()
-                     if value is not None and value is not False]
-            text += f" (default {'; '.join(usual)})" if usual else ""
             takes = {"type": kind} if kind else {"action": "store_true"}
             takes = {"choices": kind} if isinstance(kind, tuple) else takes
+            text += "" if default in (None, False) else f" (default {default})"
             group.add_argument(flag(name), help=text, **takes)
     group.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
     return p
@@ -153,53 +151,99 @@ def command_line(args, program: str = "train") -> str:
     """The shortest command that makes this run, whatever flags it was started or resumed with."""
     usual = recipe(args.dataset, args.size)
     usual |= {"dataset": "digits", "size": SIZE.get(args.dataset, 32)}
-    hidden = {"resume", "eval_only", "ckpt", "compile", "recompute", "workers"}
+    hidden = {"resume", "compile", "recompute", "workers"}
     hidden |= set() if program == "train" else {"token_scale"}     # it follows from the tokens
     changed = {key: value for key, value in vars(args).items()
                if value != usual.get(key) and key not in hidden}
     return shlex.join([*LAUNCH.split(), f"{program}.py", *as_flags(changed)])
 
 
-def settings(explicit: dict, saved: dict | None = None) -> argparse.Namespace:
-    """Explicit flags over a saved run's, or over the data set's recipe (and what --init-from
-    brings). InputError: flags that do not go together."""
+# ---- Checks before any work ----------------------------------------------------------------------
+
+def settings(given: dict, saved: dict | None = None) -> argparse.Namespace:
+    """Flags given, over a saved run's, or over the data set's recipe and what --init-from brings.
+    InputError: flags that do not go together."""
     if saved is None:
-        saved = recipe(explicit.get("dataset", "digits"), explicit.get("size"))
-        if path := explicit.get("init_from"):
-            content = read_checkpoint(path)
-            core = RECIPE | content["args"]
+        saved = recipe(given.get("dataset", "digits"), given.get("size"))
+        if path := given.get("init_from"):
+            core = RECIPE | read_run(path)["args"]
             taken = [*CORE, "val"] if core["dataset"] == saved["dataset"] else CORE    # held out
-            if content["method"] != "mwt":
-                raise InputError(f"--init-from {path}: not made by train.py")
-            check_changes({key: explicit[key] for key in taken if key in explicit}, core, path)
+            check_unchanged(given, core, path, RECIPE.keys() - taken)
             saved |= {key: core[key] for key in taken}
-    args = argparse.Namespace(**(RECIPE | saved | explicit))
+    args = argparse.Namespace(**(RECIPE | saved | given))
     branch, _, column = (args.branch or "bias").partition(":")
     is_column = branch == "column" and column.isdecimal() and int(column) < args.width
-    if args.width % args.head_dim:
-        raise InputError(f"--head-dim {args.head_dim} does not divide --width {args.width}")
-    if args.steps_test not in (None, args.steps) and not args.shared_lr:
-        raise InputError(f"--steps-test {args.steps_test} differs from --steps {args.steps}: that "
-                         "needs --shared-lr, one alpha for all steps")
-    if not is_column and args.branch not in (None, "bias", "colour"):
-        raise InputError(f"--branch {args.branch}: neither bias nor colour nor column:0 to "
-                         f"column:{args.width - 1}")
-    if args.cluster_random and not args.w_cluster:
-        raise InputError("--cluster-random: says which labels --w-cluster takes; give both")
-    if args.w_cluster and WORLD > 1:
-        raise InputError("--w-cluster compares the images of a batch: not by torchrun")
-    if int(args.fraction * args.size ** 2 + 1e-9) < 1:
-        raise InputError(f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less "
-                         "than one")
+    for wrong, why in (
+            (args.width % args.head_dim, f"--head-dim {args.head_dim} does not divide --width "
+                                         f"{args.width}"),
+            (args.steps_test not in (None, args.steps) and not args.shared_lr,
+             f"--steps-test {args.steps_test}: other than --steps only with --shared-lr"),
+            (not is_column and args.branch not in (None, "bias", "colour"),
+             f"--branch {args.branch}: not bias, colour, or column:0 to column:{args.width - 1}"),
+            (args.cluster_random and not args.w_cluster, "--cluster-random needs --w-cluster"),
+            (args.w_cluster and WORLD > 1,
+             "--w-cluster compares the images of a batch: not by torchrun"),
+            (int(args.fraction * args.size ** 2 + 1e-9) < 1,
+             f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one")):
+        if wrong:
+            raise InputError(why)
     return args
 
 
-def check_changes(explicit: dict, made_with: dict, path: str, free=frozenset()):
-    """Explicit flags may differ from a checkpoint's only where that changes no result."""
-    for key, value in explicit.items():
-        if key not in free and value != made_with.get(key):
-            raise InputError(f"{flag(key)} {value}: but {path} was made with {made_with.get(key)}")
+def check_unchanged(given: dict, saved: dict, path: str, free):
+    """A flag that is given beside a checkpoint must be free, or as it was."""
+    for key, value in given.items():
+        if key not in free and value != saved.get(key):
+            raise InputError(f"{flag(key)} {value}: but {path} was made with {saved.get(key)}")
 
+
+def read_run(path: str) -> dict:
+    """A checkpoint of train.py."""
+    content = read_checkpoint(path)
+    if content["method"] != "mwt":
+        raise InputError(f"{path}: made by {content['method']}, not by train.py")
+    return content
+
+
+def open_run(given: dict) -> tuple[argparse.Namespace, dict | None]:
+    """The settings, and the checkpoint to evaluate or to go on with, whose flags then hold."""
+    content, saved, evaluates = None, None, "eval_only" in given
+    if evaluates != ("ckpt" in given):
+        raise InputError("--eval-only and --ckpt need each other; to start from a checkpoint's "
+                         "SIREN use --init-from, to go on with a run --resume")
+    if evaluates or "resume" in given:
+        path = given["ckpt"] if evaluates else given.get("out", RECIPE["out"])
+        content, free = read_run(path), FREE
+        saved = content["args"]
+        if evaluates:                          # on a new --val share it could have been trained
+            free = FREE_IN_EVALUATION - ({"val"} if given.get("val") else set())
+        elif "progress" in content and WORLD != (
+                processes := content["progress"]["global_batch"] // saved["batch_size"]):
+            raise InputError(f"--resume: the run in {path} goes on by {processes} process(es) only")
+        check_unchanged(given, saved, path, free)
+        if evaluates:
+            saved = saved | {"device": "auto", "out": None}
+    args = settings(given, saved)
+    if RANK == 0 and args.out is not None:
+        check_output(args)
+    return args, content
+
+
+def check_output(args):
+    """Can args.out be written, and would that destroy anything?"""
+    out = Path(args.out)
+    if out.suffix != ".pt" or out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out {out}: must be a file *.pt in a folder that can be written to")
+    if args.resume or args.eval_only or not out.exists():
+        return
+    if args.init_from and os.path.samefile(out, args.init_from):
+        raise InputError(f"--out {out}: would overwrite --init-from; choose another")
+    if "progress" in read_checkpoint(out):     # what is no checkpoint is refused there
+        raise InputError(f"--out {out}: holds an unfinished run; go on with it by --resume, or "
+                         "delete it, or choose another")
+
+
+# ---- The machine ---------------------------------------------------------------------------------
 
 def find_device(name: str) -> torch.device:
     if name == "auto":
@@ -213,58 +257,6 @@ def find_device(name: str) -> torch.device:
     except Exception as error:     # no driver, no such index, not built in: a type for each
         raise InputError(f"--device {name}: {str(error).splitlines()[0][:120]}") from error
 
-
-def check_output(args):
-    """Before any work: can args.out be written, and would that destroy anything?"""
-    out = Path(args.out)
-    if out.suffix != ".pt":
-        raise InputError(f"--out {out}: the name must end in .pt")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InputError(f"--out {out}: is a folder, or its folder cannot be written to")
-    if args.resume or args.eval_only or not out.exists():
-        return
-    if args.init_from and os.path.samefile(out, args.init_from):
-        raise InputError(f"--out {out}: would overwrite --init-from; choose another")
-    try:
-        unfinished = "progress" in read_checkpoint(out)
-    except InputError as error:
-        raise InputError(f"--out {out}: would overwrite a file that is no checkpoint") from error
-    if unfinished:
-        raise InputError(f"--out {out}: holds an unfinished run; go on with it by --resume, or "
-                         "delete it, or choose another")
-
-
-def open_run(explicit: dict) -> tuple[argparse.Namespace, dict | None]:
-    """The settings, and the checkpoint to evaluate or to go on with."""
-    saved, content, evaluates = None, None, "eval_only" in explicit
-    if evaluates != ("ckpt" in explicit):
-        raise InputError("--eval-only and --ckpt need each other; to start from a checkpoint's "
-                         "SIREN use --init-from, to go on with a run --resume")
-    if evaluates or "resume" in explicit:
-        path = explicit["ckpt"] if evaluates else explicit.get("out", RECIPE["out"])
-        content, free = read_checkpoint(path), FREE
-        if content["method"] != "mwt":
-            raise InputError(f"{path}: made by {content['method']}, not by train.py")
-        saved = content["args"]
-        if evaluates:
-            free = FREE | {"dataset", "test_size", "steps_test", "fraction", "precision"}
-            if not explicit.get("val"):        # a share could have been trained on
-                free.add("val")
-        elif "progress" in content:            # the same global batch, on any number of processes
-            batch = content["progress"]["global_batch"]
-            if batch % WORLD:
-                raise InputError(f"--resume: a batch of {batch} images in all cannot be split over "
-                                 f"{WORLD} processes")
-            saved["batch_size"] = batch // WORLD
-        check_changes(explicit, saved, path, free)
-        saved = saved | ({"device": "auto", "compile": False, "out": None} if evaluates else {})
-    args = settings(explicit, saved)
-    if RANK == 0 and args.out is not None:
-        check_output(args)
-    return args, content
-
-
-# ---- The machine ---------------------------------------------------------------------------------
 
 def free_memory(device: torch.device) -> float:
     """Bytes that can be taken; infinity where the system does not say."""
