@@ -10,6 +10,7 @@ Prints a table and writes its numbers to --out, *.json. Three ways (--no-compile
     B  the textbook: autograd through autograd, two backward passes; always eager
     C  inner gradients by torch.func.grad, one backward pass
 """
+import contextlib
 import copy
 import itertools
 import json
@@ -82,6 +83,16 @@ def timed(action, count: int, device: torch.device) -> list[float]:
     return times
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device on CUDA, else of the process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):     # Windows has no such module
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def make_model(args) -> train.MWT:
     channels = 1 if args.dataset in ("digits", "mnist", "fashion_mnist") else 3
     return train.MWT(args, channels, classes=1000 if args.mode == "imagenet" else 10)
@@ -102,17 +113,20 @@ def measure(args, path: str, parts: bool = False) -> dict:
     pixels = torch.randint(256, (n, channels, args.size, args.size), dtype=torch.uint8, generator=g)
     labels = torch.randint(10, (n,), generator=g)
     images = data.Images([], labels, pixels).resident(device, 0)
-    prepare, number = train.preparation(args, model, images), itertools.count()
+    rows, number = [torch.arange(n)], itertools.count()
+
+    def prepare():
+        return next(train.image_batches(args, model, images, rows, next(number)))
 
     def step():
-        batch = prepare(next(number), None, images.pixels, images.labels)
+        batch = prepare()
         if path == "B":
             textbook_backward(model, *batch)
         else:
             train.backward(forward, optimizer, *batch)
         train.update(optimizer)
 
-    batch, began = prepare(next(number), None, images.pixels, images.labels), time.perf_counter()
+    batch, began = prepare(), time.perf_counter()
     if path != "B" and args.compile is not False:
         forward = train.compiled(model, *batch)
         model.zero_grad()
@@ -120,7 +134,7 @@ def measure(args, path: str, parts: bool = False) -> dict:
     first = time.perf_counter() - began
     ms = timed(step, max(3, min(20, round(20_000 / timed(step, 1, device)[0]))), device)
     result = {"ms": ms, "images_per_second": 1000 * n / median(ms), "first_step_seconds": first,
-              "peak_memory_bytes": settings.peak_memory(device), "compiled": forward is not model,
+              "peak_memory_bytes": peak_memory(device), "compiled": forward is not model,
               "flops": count_flops(make_model(args), n)}
     return result | (measure_parts(model, optimizer, images, batch) if parts else {})
 

@@ -110,8 +110,7 @@ def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
     """The chosen setting; every trial is added to `trials`, then write() is called."""
     held = torch.zeros_like(fits.labels, dtype=torch.bool)
     held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
-    rest, held = (Fits(fits.tokens[rows], fits.labels[rows], fits.error[rows])
-                  for rows in (~held, held))
+    rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
 
     def accuracy(setting: dict) -> float:
         for trial in trials:

@@ -1,7 +1,7 @@
 """What a run is given: its flags and recipes, the checks that come before any work, the machine.
 
-Every program here takes its flags through this file. A flag that is not given is absent from what
-the parser returns, so that a recipe, a checkpoint or --init-from can fill it in.
+A flag that is not given is absent from what the parser returns, so that a recipe or a checkpoint can
+fill it in.
 """
 import argparse
 import contextlib
@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +25,12 @@ LAUNCH = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
 def number(low: float, high: float = math.inf, above: bool = False, kind=float):
     """Parses a finite number of at least `low`, or above it, and at most `high`."""
     def parse(text: str):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and value < math.inf and not (above and value == low):
-                return value
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a {'whole ' * (kind is int)}number {'above' if above else 'from'} "
-            f"{low}{f' to {high}' * (high < math.inf)}")
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or above and value == low:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'from'} {low}, at most {high}")
+        return value
+    parse.__name__ = kind.__name__             # for argparse's message
     return parse
 
 
@@ -102,10 +100,9 @@ RECIPE = {name: default for group in FLAGS.values() for name, _, default, _ in g
 DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
 HIGH_RESOLUTION = dict(omega=30.0, steps=4, epochs=40, fraction=0.25)      # from 64 pixels a side
 
-CORE = ("width", "depth", "omega", "steps", "shared_lr", "centre_colour")  # what --init-from brings
+CORE = {"width", "depth", "omega", "steps", "shared_lr", "centre_colour"}  # what --init-from brings
 FREE = {name for name, *_ in FLAGS["run (changes no result)"]}             # beside --resume
-FREE_IN_EVALUATION = FREE | {"dataset", "test_size", "steps_test", "fraction", "precision",
-                             "val"}
+EVALUATED = {"dataset", "test_size", "steps_test", "fraction", "precision", "val"}     # and --ckpt
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,14 +113,14 @@ class Parser(argparse.ArgumentParser):
 def parser(description: str = "") -> Parser:
     """All flags. What is not given is absent from the result."""
     p = Parser(prog="train.py", description=description, allow_abbrev=False,
-               argument_default=argparse.SUPPRESS, epilog="Other defaults for digits: "
-               f"{' '.join(as_flags(DIGITS))}; from 64 pixels a side on: "
-               f"{' '.join(as_flags(HIGH_RESOLUTION))}.")
+               argument_default=argparse.SUPPRESS,
+               epilog=f"Defaults for digits: {' '.join(as_flags(DIGITS))}; from 64 pixels a side "
+                      f"on: {' '.join(as_flags(HIGH_RESOLUTION))}.")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
-            takes = {"type": kind} if kind else {"action": "store_true"}
-            takes = {"choices": kind} if isinstance(kind, tuple) else takes
+            takes = ({"action": "store_true"} if kind is None else
+                     {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             text += "" if default in (None, False) else f" (default {default})"
             group.add_argument(flag(name), help=text, **takes)
     group.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
@@ -166,63 +163,57 @@ def settings(given: dict, saved: dict | None = None) -> argparse.Namespace:
     if saved is None:
         saved = recipe(given.get("dataset", "digits"), given.get("size"))
         if path := given.get("init_from"):
-            core = RECIPE | read_run(path)["args"]
-            taken = [*CORE, "val"] if core["dataset"] == saved["dataset"] else CORE    # held out
-            check_unchanged(given, core, path, RECIPE.keys() - taken)
+            core = RECIPE | read_checkpoint(path)["args"]
+            taken = {*CORE, "val"} if core["dataset"] == saved["dataset"] else CORE    # held out
+            read_run(path, given, RECIPE.keys() - taken)
             saved |= {key: core[key] for key in taken}
     args = argparse.Namespace(**(RECIPE | saved | given))
-    branch, _, column = (args.branch or "bias").partition(":")
-    is_column = branch == "column" and column.isdecimal() and int(column) < args.width
-    for wrong, why in (
-            (args.width % args.head_dim, f"--head-dim {args.head_dim} does not divide --width "
-                                         f"{args.width}"),
-            (args.steps_test not in (None, args.steps) and not args.shared_lr,
-             f"--steps-test {args.steps_test}: other than --steps only with --shared-lr"),
-            (not is_column and args.branch not in (None, "bias", "colour"),
-             f"--branch {args.branch}: not bias, colour, or column:0 to column:{args.width - 1}"),
-            (args.cluster_random and not args.w_cluster, "--cluster-random needs --w-cluster"),
-            (args.w_cluster and WORLD > 1,
-             "--w-cluster compares the images of a batch: not by torchrun"),
-            (int(args.fraction * args.size ** 2 + 1e-9) < 1,
-             f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one")):
-        if wrong:
-            raise InputError(why)
+    columns = [f"column:{i}" for i in range(args.width)]
+    problems = {
+        f"--head-dim {args.head_dim} does not divide --width {args.width}":
+            args.width % args.head_dim,
+        f"--steps-test {args.steps_test}: other than --steps only with --shared-lr":
+            args.steps_test not in (None, args.steps) and not args.shared_lr,
+        f"--branch {args.branch}: neither bias, colour nor column:0 to {columns[-1]}":
+            args.branch not in (None, "bias", "colour", *columns),
+        "--cluster-random needs --w-cluster": args.cluster_random and not args.w_cluster,
+        "--w-cluster compares the images of a batch: not by torchrun": args.w_cluster and WORLD > 1,
+        f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one":
+            int(args.fraction * args.size ** 2 + 1e-9) < 1}
+    for problem, is_there in problems.items():
+        if is_there:
+            raise InputError(problem)
     return args
 
 
-def check_unchanged(given: dict, saved: dict, path: str, free):
-    """A flag that is given beside a checkpoint must be free, or as it was."""
-    for key, value in given.items():
-        if key not in free and value != saved.get(key):
-            raise InputError(f"{flag(key)} {value}: but {path} was made with {saved.get(key)}")
-
-
-def read_run(path: str) -> dict:
-    """A checkpoint of train.py."""
+def read_run(path: str, given: dict, free: set) -> dict:
+    """A checkpoint of train.py. InputError: a flag is given that is neither free nor as it was."""
     content = read_checkpoint(path)
     if content["method"] != "mwt":
         raise InputError(f"{path}: made by {content['method']}, not by train.py")
+    made_with = RECIPE | content["args"]
+    for key in given.keys() - free:
+        if given[key] != made_with[key]:
+            raise InputError(f"{flag(key)} {given[key]}: but {path} was made with {made_with[key]}")
     return content
 
 
 def open_run(given: dict) -> tuple[argparse.Namespace, dict | None]:
     """The settings, and the checkpoint to evaluate or to go on with, whose flags then hold."""
-    content, saved, evaluates = None, None, "eval_only" in given
-    if evaluates != ("ckpt" in given):
+    content, saved = None, None
+    if ("eval_only" in given) != ("ckpt" in given):
         raise InputError("--eval-only and --ckpt need each other; to start from a checkpoint's "
                          "SIREN use --init-from, to go on with a run --resume")
-    if evaluates or "resume" in given:
-        path = given["ckpt"] if evaluates else given.get("out", RECIPE["out"])
-        content, free = read_run(path), FREE
+    if "eval_only" in given:                   # a new share of --val could have been trained on
+        free = FREE | EVALUATED - ({"val"} if given.get("val") else set())
+        content = read_run(given["ckpt"], given, free)
+        saved = content["args"] | {"device": "auto", "out": None}
+    elif "resume" in given:
+        content = read_run(path := given.get("out", RECIPE["out"]), given, FREE)
         saved = content["args"]
-        if evaluates:                          # on a new --val share it could have been trained
-            free = FREE_IN_EVALUATION - ({"val"} if given.get("val") else set())
-        elif "progress" in content and WORLD != (
-                processes := content["progress"]["global_batch"] // saved["batch_size"]):
-            raise InputError(f"--resume: the run in {path} goes on by {processes} process(es) only")
-        check_unchanged(given, saved, path, free)
-        if evaluates:
-            saved = saved | {"device": "auto", "out": None}
+        batch = content.get("progress", {}).get("global_batch")
+        if batch not in (None, saved["batch_size"] * WORLD):
+            raise InputError(f"--resume: {path} needs {batch // saved['batch_size']} process(es)")
     args = settings(given, saved)
     if RANK == 0 and args.out is not None:
         check_output(args)
@@ -236,19 +227,20 @@ def check_output(args):
         raise InputError(f"--out {out}: must be a file *.pt in a folder that can be written to")
     if args.resume or args.eval_only or not out.exists():
         return
-    if args.init_from and os.path.samefile(out, args.init_from):
-        raise InputError(f"--out {out}: would overwrite --init-from; choose another")
     if "progress" in read_checkpoint(out):     # what is no checkpoint is refused there
         raise InputError(f"--out {out}: holds an unfinished run; go on with it by --resume, or "
                          "delete it, or choose another")
+    if args.init_from and os.path.samefile(out, args.init_from):
+        raise InputError(f"--out {out}: would overwrite --init-from; choose another")
 
 
 # ---- The machine ---------------------------------------------------------------------------------
 
 def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """auto: CUDA if there is one. InputError: a device that cannot be used."""
     try:
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -266,16 +258,6 @@ def free_memory(device: torch.device) -> float:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(dict(line.split()[:2] for line in lines)["MemAvailable:"])
     return math.inf
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the device on CUDA, else of the process; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(ImportError):     # Windows has no such module
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def environment(device: torch.device) -> dict:

@@ -18,8 +18,9 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,25 +66,19 @@ class MWT(nn.Module):
         self.register_buffer("coords", grid, persistent=False)                 # (P, 2)
 
     @property
-    def on_cpu(self) -> bool:
-        return self.coords.device.type == "cpu"
-
-    @property
     def points(self) -> int:
         """Pixels of an image that one look sees."""
         return int(self.fraction * len(self.coords) + 1e-9)
 
     @property
     def block_size(self) -> int:
-        """Images fitted at once where no gradient is kept: as many as a CPU's caches hold."""
-        points = 1 << (12 if self.on_cpu else 17)
-        return max(1, points // self.points)
+        """Images that are fitted at once where no gradient is kept: what a CPU's caches hold."""
+        return max(1, (1 << (12 if self.coords.device.type == "cpu" else 17)) // self.points)
 
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
-        """Coords (draws, [N,] n, 2) and values (draws, N, n, C): the pixels of images (N, C, size,
-        size) that each of k + 1 draws takes, k for the inner steps and one for the outer loss. All
-        pixels, or a fraction drawn for each image anew from the generator; without a generator, in
-        evaluation, always the same for all images."""
+        """Coords (draws, [N,] n, 2) and values (draws, N, n, C) of the pixels that each of k + 1
+        draws sees, k for the inner steps and one for the outer loss: all of them, or a fraction
+        drawn for each image from the generator; in evaluation, without one, the same for all."""
         values, pixels = images.flatten(2).mT, None                            # (N, P, C)
         if self.fraction < 1:
             g = generator_ or generator("evaluation", device=images.device)
@@ -97,9 +92,8 @@ class MWT(nn.Module):
         return values.mean((0, 2)) if self.fraction < 1 else values[0].mean(1)
 
     def fit_and_error(self, coords: Tensor, values: Tensor, clamp=False) -> tuple[Weights, Tensor]:
-        """phi, and each image's mean squared error (N,), of what `look` returned: the last look is
-        for the error, the others are for the inner steps. With centre_colour phi stores the image
-        less its mean colour."""
+        """phi by all looks but the last, and by the last each image's mean squared error (N,). With
+        centre_colour phi stores the image less its mean colour."""
         centred, mean = values[:-1], 0.0
         if self.centre_colour:
             mean = self.colour(values)[:, None]                                # (N, 1, C)
@@ -115,15 +109,13 @@ class MWT(nn.Module):
 
     def logits(self, tokens: Tensor, values: Tensor) -> Tensor:
         """`read`, and for a branch that takes it the mean colour of values (draws, N, n, C)."""
-        if getattr(self.reader, "takes_colour", False):
-            return self.read(tokens, self.colour(values))
-        return self.read(tokens)
+        takes_colour = getattr(self.reader, "takes_colour", False)
+        return self.read(tokens, *([self.colour(values)] if takes_colour else []))
 
     def forward(self, coords: Tensor, values: Tensor, labels: Tensor, groups=None) -> Tensor:
-        """The `statistics` of a batch as `look` returned it, k + 1 looks. The class loss reaches
-        the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that
-        one backward pass serves all losses. groups (N,): what the contrastive loss pulls together,
-        if not the classes."""
+        """The `statistics` of a batch as `look` returned it. The class loss reaches the INR with
+        weight w_task: its gradient is scaled where tokens enter the reader, so that one backward
+        pass serves all losses. groups (N,): for the contrastive loss, if not the labels."""
         phi, error = self.fit_and_error(coords, values)
         tokens = self.tokens(phi)                                              # (N, T, width + 1)
         fixed = tokens.detach()
@@ -174,13 +166,11 @@ class MWT(nn.Module):
     @torch.no_grad()
     def coordinates(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """More places (N, d) to look for clusters: phi - theta with the first layer, each layer."""
-        blocks = images.split(self.block_size)
-        first = torch.cat([self.adapt(block).first - self.siren.first for block in blocks])
-        first = first.flatten(1)
-        layers = tokens.chunk(len(self.siren.hidden), dim=1)
-        named = {"phi - theta": torch.cat([first, tokens.flatten(1)], 1), "first layer": first}
-        named |= {f"hidden layer {i + 1}": layer.flatten(1) for i, layer in enumerate(layers)}
-        return named
+        blocks = [self.adapt(block).first for block in images.split(self.block_size)]
+        first = (torch.cat(blocks) - self.siren.first).flatten(1)
+        layers = tokens.flatten(1).chunk(len(self.siren.hidden), dim=1)
+        return {"phi - theta": torch.cat([first, *layers], 1), "first layer": first,
+                **{f"hidden layer {i}": layer for i, layer in enumerate(layers, 1)}}
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, steps: int | None = None) -> Tensor:
@@ -194,8 +184,7 @@ class MWT(nn.Module):
 
 
 def statistics(logits, labels, error, cluster) -> Tensor:
-    """Means over a batch (5,): class loss, reconstruction and weighted contrastive loss, the outer
-    losses, then accuracy and PSNR (dB)."""
+    """Means over a batch (5,): class, reconstruction and contrastive loss, accuracy, PSNR (dB)."""
     right = (logits.argmax(-1) == labels).to(error.dtype)
     return torch.stack([F.cross_entropy(logits, labels), error.mean(), cluster, right.mean(),
                         psnr(error.detach()).mean()])
@@ -222,7 +211,7 @@ def from_checkpoint(content: dict, device="cpu") -> MWT:
 @torch.no_grad()
 def fitted(model: MWT, images, order, steps: int, workers: int):
     """Yields (row numbers, labels, values seen, tokens, error) for each tensor of row numbers in
-    `order`, of `images`, a `data.Images`."""
+    `order`, of a `data.Images`."""
     for rows, (pixels, labels) in zip(order, images.batches(order, model.coords.device, workers)):
         coords, values = model.look(images.signal(pixels), steps + 1)
         phi, error = model.fit_and_error(coords, values, clamp=True)
@@ -231,7 +220,7 @@ def fitted(model: MWT, images, order, steps: int, workers: int):
 
 @torch.no_grad()
 def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambda: None) -> dict:
-    """The `score` of images, shared by all processes; poll() is called between batches."""
+    """The `score` of a `data.Images`, shared by all processes; poll() is called in between."""
     order = torch.arange(len(images))[RANK::WORLD].split(model.block_size)
     steps = steps or model.inner_loop.steps
     right, decibels = sums = torch.zeros(2, len(images), device=model.coords.device)
@@ -245,7 +234,7 @@ def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambd
 
 
 def score(right: Tensor, decibels: Tensor) -> dict:
-    """Accuracy with its interval, and mean PSNR: of n images, which are read right, and PSNRs."""
+    """Accuracy with its interval and mean PSNR, of what is known of each image (n,)."""
     correct, n = int(right.sum()), len(right)
     return {"test_accuracy": correct / n, "test_interval": list(wilson(correct, n)),
             "test_psnr": float(decibels.mean()), "test_images": n}
@@ -258,8 +247,8 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     groups = [{"params": [p for p in part.parameters() if p.requires_grad],
                "lr": args.lr_alpha if name == "inner_loop" else args.lr}
               for name, part in model.named_children()]
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True,
-                             weight_decay=args.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
 def backward(forward, optimizer, *batch) -> Tensor:
@@ -284,14 +273,14 @@ def update(optimizer):
 
 
 def compiled(forward, *batch):
-    """torch.compile of the step, tried on one batch; where that does not work, a line says so."""
+    """torch.compile of the step, if one batch can be had by it; if not, a line says so."""
     fast = torch.compile(forward)
     try:
         fast(*batch)[:3].sum().backward()
         return fast
     except Exception as error:     # a missing compiler, driver or package: each has its own type
-        print("torch.compile does not work here, so the step runs without it: "
-              f"{' '.join(str(error).split())[:160]}", file=sys.stderr, flush=True)
+        reason = " ".join(str(error).split())[:160]
+        print(f"torch.compile does not work here, the step runs without: {reason}", file=sys.stderr)
         return forward
 
 
@@ -332,51 +321,44 @@ class Run:
             self.began -= progress["seconds"]
 
     @property
-    def done(self) -> int:
-        """Steps taken."""
-        return self.epoch * self.steps + self.step
-
-    @property
     def length(self) -> int:
         """Steps of this epoch; 0 when training is over."""
         return max(0, min(self.steps, self.total - self.epoch * self.steps))
 
     def save(self):
         """The first process alone writes: at any of its steps it holds the state of all."""
-        so_far = (*self.sums.tolist(), self.metrics.get("test_psnr", 0.0))     # nan and inf stay
-        if not (all(map(math.isfinite, so_far))
-                and all(bool(p.isfinite().all()) for p in self.model.parameters())):
-            raise Stop(1, f"the loss or a weight is not finite after {self.done} steps; the last "
-                          "checkpoint is kept")
+        state = self.model.state_dict()
+        total = self.sums.sum() + sum(p.sum() for p in state.values())         # a nan stays in it
+        if not math.isfinite(float(total) + self.metrics.get("test_psnr", 0.0)):
+            raise Stop(1, "the loss or a weight is not finite; the last checkpoint is kept")
         content = {"method": self.model.method, "args": vars(self.args), "data": self.facts,
-                   "metrics": self.metrics, "model": self.model.state_dict()}
+                   "metrics": self.metrics, "model": state}
         if self.length:
-            content |= {"optimizer": self.optimizer.state_dict(),
-                        "scheduler": self.scheduler.state_dict(), "progress": {
-                            "epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
-                            "seconds": time.monotonic() - self.began, "global_batch": self.batch}}
+            progress = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
+                        "seconds": time.monotonic() - self.began, "global_batch": self.batch}
+            content |= {"progress": progress, "optimizer": self.optimizer.state_dict(),
+                        "scheduler": self.scheduler.state_dict()}
         if RANK == 0 and self.args.out:
             save_checkpoint(self.args.out, content)
         self.saved_at = time.monotonic()
 
     def pause(self):
         """Between steps: saves when it is time, and ends when asked to."""
-        if self.caught and RANK == 0:
-            self.save()
-            again = "the same command" if self.model.method != "mwt" else (
-                f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}")
-            raise Stop(128 + self.caught[0], f"stopped and saved; go on by: {again}"
-                       if self.args.out else "stopped")
         if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
             self.save()
+        if self.caught and RANK == 0:
+            self.save()
+            way = f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}"
+            way = way if self.model.method == "mwt" else "the same command"
+            raise Stop(128 + self.caught[0], f"stopped and saved at epoch {self.epoch + 1}, step "
+                       f"{self.step}; go on by: {way}" if self.args.out else "stopped")
 
     def end_epoch(self, result: dict):
         """Takes in the evaluation, saves, and says how the epoch went."""
         names = ("loss", "reconstruction", "weighted_cluster_loss", "train_accuracy", "train_psnr")
-        now = time.monotonic()
-        row = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.step).tolist())),
-               **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result},
-               "seconds": now - self.began}
+        now, means = time.monotonic(), (self.sums / self.step).tolist()
+        row = {"epoch": self.epoch + 1, **dict(zip(names, means)), "seconds": now - self.began,
+               **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result}}
         self.metrics |= result
         self.metrics["epochs"].append(row)
         self.metrics["seconds"] += row["seconds"]
@@ -384,34 +366,32 @@ class Run:
         self.save()
         if RANK == 0 and self.args.out:
             print("epoch {epoch:3d}/{of}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
-                  "{held} accuracy {test_accuracy:.2%}  {held} PSNR {test_psnr:.2f} dB  "
-                  "{seconds:.1f} s".format(**row, of=self.args.epochs,
-                                           held="val" if self.args.val else "test"), flush=True)
+                  "{on} accuracy {test_accuracy:.2%}  {on} PSNR {test_psnr:.2f} dB  {seconds:.1f} s"
+                  .format(**row, of=self.args.epochs, on="val" if self.args.val else "test"),
+                  flush=True)
 
 
-def train(args, model: nn.Module, source, prepare, forward, test, facts=(), content=None) -> dict:
+def train(args, model, examples, batches, forward, test, facts=(), content=None) -> dict:
     """Trains to the last epoch, writing args.out as it goes (None: nothing); returns the metrics.
 
-    source: what is trained on, a `data.Images` or `Fits`. prepare(number of the step, rows, batch
-    of the source): what `forward` takes. forward: `statistics` of it. test(poll): metrics. content:
-    a checkpoint to go on from. Stop: interrupted (after saving), or not finite (without)."""
-    run, device = Run(args, model, len(source), facts, content), next(model.parameters()).device
+    batches(row numbers (steps, batch), number of the first step) yields what `forward` takes, which
+    returns `statistics`; test(poll) returns metrics; content: a checkpoint to go on from."""
+    run, device = Run(args, model, examples, facts, content), next(model.parameters()).device
     compiles = args.compile or args.compile is None and device.type == "cuda"
     with signals(run.caught):
         while run.length:
-            g = generator("order", args.seed, run.epoch)
-            order = torch.randperm(len(source), generator=g)[:run.length * run.batch]
-            order = order.view(run.length, WORLD, -1)[run.step:, RANK]         # (steps, batch)
             if run.step == 0:
                 run.sums.zero_()
-            bar = tqdm(order, f"epoch {run.epoch + 1}/{args.epochs}", leave=False,
-                       disable=True if RANK else None)
-            for rows, batch in zip(bar, source.batches(order, device, args.workers)):
+            g = generator("order", args.seed, run.epoch)
+            order = torch.randperm(examples, generator=g)[:run.length * run.batch]
+            order = order.view(run.length, WORLD, -1)[run.step:, RANK]         # (steps, batch)
+            found = batches(order, run.epoch * run.steps + run.step)
+            for batch in tqdm(found, f"epoch {run.epoch + 1}/{args.epochs}", len(order),
+                              leave=False, disable=True if RANK else None):
                 run.pause()
-                batch = prepare(run.done, rows, *batch)
                 if compiles:
                     forward, compiles = compiled(forward, *batch), False
-                    model.zero_grad()          # of the trial
+                    model.zero_grad()
                 run.sums += backward(forward, run.optimizer, *batch)
                 update(run.optimizer)
                 run.scheduler.step()
@@ -420,39 +400,31 @@ def train(args, model: nn.Module, source, prepare, forward, test, facts=(), cont
     return run.metrics
 
 
-def preparation(args, model: MWT, images):
-    """The function (number of the step, rows, pixels, labels) -> what `MWT.forward` takes."""
-    device, groups = model.coords.device, None
+def image_batches(args, model: MWT, images, order, step: int):
+    """Yields what `MWT.forward` takes for each tensor of row numbers in `order`, of a
+    `data.Images`, as drawn and augmented in that step and those after it."""
+    device, labels = model.coords.device, images.labels
     flip = args.dataset not in ("digits", "mnist")             # digits have no mirror image
-    if args.cluster_random:                                    # an image keeps the label it draws
-        g, labels = generator("random labels", args.seed), images.labels
-        groups = labels[torch.randperm(len(labels), generator=g).to(labels.device)]
-
-    def prepare(number, rows, pixels, labels):
+    shuffled = torch.randperm(len(labels), generator=generator("random labels", args.seed))
+    for rows, (pixels, own) in zip(order, images.batches(order, device, args.workers)):
         if args.augment:
-            g = generator("augmentation", args.seed, number, RANK)
+            g = generator("augmentation", args.seed, step, RANK)
             pixels = data.augment(pixels, torch.rand(len(pixels), 6, generator=g).to(device), flip)
-        g = generator("pixels", args.seed, number, RANK, device=device)
-        batch = *model.look(images.signal(pixels), args.steps + 1, g), labels
-        return batch if groups is None else (*batch, groups[rows.to(groups.device)].to(device))
-    return prepare
+        g = generator("pixels", args.seed, step, RANK, device=device)
+        batch = *model.look(images.signal(pixels), args.steps + 1, g), own
+        if args.cluster_random:                # an image's random label stays the same
+            batch = *batch, labels[shuffled[rows].to(labels.device)].to(device)
+        yield batch
+        step += 1
 
 
 # ---- A reader on fixed weights -------------------------------------------------------------------
 
-@dataclass
-class Fits:
-    """A data set as weights, to be trained on as a `data.Images` is."""
+class Fits(NamedTuple):
+    """A data set as fitted weights."""
     tokens: Tensor         # (n, T, D)
     labels: Tensor         # (n,)
     error: Tensor          # (n,) mean squared error of the reconstruction
-
-    def __len__(self):
-        return len(self.labels)
-
-    def batches(self, order, *_):
-        for rows in order.to(self.labels.device):
-            yield self.tokens[rows], self.labels[rows], self.error[rows]
 
 
 def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
@@ -465,7 +437,11 @@ def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
 
 
 def train_on_fits(args, model, read, fits: Fits, test: Fits | None, facts, content=None) -> dict:
-    """`train`, of a model's reader alone: read(tokens) -> logits."""
+    """`train`, of the reader of a model alone: read(tokens) -> logits."""
+    def batches(order, step):
+        for rows in order.to(fits.labels.device):
+            yield tuple(each[rows] for each in fits)
+
     def forward(tokens, labels, error):
         logits = read(tokens).to(tokens.dtype)
         return statistics(logits, labels, error, error.new_zeros(()))
@@ -477,16 +453,14 @@ def train_on_fits(args, model, read, fits: Fits, test: Fits | None, facts, conte
         guess = torch.cat([read(tokens).argmax(-1) for tokens in test.tokens.split(256)])
         return score((guess == test.labels).float(), psnr(test.error))
 
-    return train(args, model, fits, lambda number, rows, *batch: batch, forward, evaluate_fits,
-                 facts, content)
+    return train(args, model, len(fits.labels), batches, forward, evaluate_fits, facts, content)
 
 
 def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, facts=(),
                  test: Fits | None = None) -> Reader:
-    """A new reader trained on fixed tokens (n, T, D) and labels (n,), its size and recipe as args
-    say, its token scale such that these tokens' root mean square is 1, its offsets beta drawn with
-    `spread` times that. Writes nothing, unless a method is named: then its checkpoint args.out,
-    evaluated on `test`; a run that is there is gone on with."""
+    """A new reader trained on tokens (n, T, D) and labels (n,), its token scale such that they get
+    a root mean square of 1, its offsets beta drawn with `spread` times theirs. Writes nothing,
+    unless a method is named: then its checkpoint args.out, or goes on with the one there."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
@@ -502,7 +476,7 @@ def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, 
         content = read_checkpoint(args.out)
         model.load_state_dict(content["model"])
     if content is None or "progress" in content:
-        fits = Fits(tokens, labels, torch.zeros(len(labels), device=tokens.device))
+        fits = Fits(tokens, labels, tokens.new_zeros(len(labels)))
         train_on_fits(args, model, reader, fits, test, facts, content)
     return reader.eval()
 
@@ -515,11 +489,11 @@ def facts(images) -> tuple[int, list[str], int]:
 
 
 def open_data(args, device):
-    """(training images, test images); of several processes the first downloads."""
+    """(training images, test images)."""
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK:
-            dist.barrier()
+    if RANK:                                   # waits until the first has downloaded
+        dist.barrier()
     images, test = data.load_dataset(args, device, train=not args.eval_only)
     if WORLD > 1 and RANK == 0:
         dist.barrier()
@@ -529,46 +503,41 @@ def open_data(args, device):
     return images, test
 
 
-def make_model(args, content: dict | None, images, test, device) -> MWT:
+def make_model(args, content: dict | None, images, device) -> MWT:
     """The checkpoint's model, or a new one, with the INR of --init-from."""
     if content is not None:
-        path, known = args.ckpt or args.out, tuple(content["data"])
-        if facts(test)[:2] != known[:2] or not args.eval_only and facts(images) != known:
-            raise InputError(f"--dataset {args.dataset}: not the data of {path}, or changed since: "
-                             "other channels, classes or number of images")
-        model = model_from(content, path, device)
+        known = tuple(content["data"])
+        if facts(images)[:2] != known[:2] or not args.eval_only and facts(images) != known:
+            raise InputError(f"--dataset {args.dataset}: other channels, classes or number of "
+                             "images than the checkpoint's")
+        model = model_from(content, args.ckpt or args.out, device)
         model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
     else:
         model = MWT(args, images.channels, len(images.classes)).to(device)
-        if args.init_from:
-            start, _ = load_checkpoint(args.init_from, device)
-            if start.siren.head.out_features != images.channels:
-                raise InputError(f"--init-from {args.init_from}: made for other channels")
-            model.siren.load_state_dict(start.siren.state_dict())
-            model.inner_loop.load_state_dict(start.inner_loop.state_dict())
-    for part in (model.siren, model.inner_loop):
-        part.requires_grad_(not args.freeze_siren)
+    if content is None and args.init_from:
+        start, _ = load_checkpoint(args.init_from, device)
+        if start.siren.head.out_features != images.channels:
+            raise InputError(f"--init-from {args.init_from}: made for other channels")
+        model.siren.load_state_dict(start.siren.state_dict())
+        model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+    model.siren.requires_grad_(not args.freeze_siren)
+    model.inner_loop.requires_grad_(not args.freeze_siren)
     model.inner_loop.recompute = args.recompute
     return model
 
 
 def train_model(args, model: MWT, images, test, content) -> dict:
-    """On images; but where no image's fit ever changes, and memory allows, on fits made once."""
-    inr, reader = (sum(p.numel() for part in parts for p in part.parameters())
-                   for parts in ([model.siren, model.inner_loop], [model.reader]))
-    if RANK == 0:
-        print(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on, "
-              f"{images.channels}x{args.size}x{args.size}; {model.coords.device}, {WORLD} "
-              f"process(es)\nparameters: SIREN with alpha {inr:,}, reader {reader:,}")
+    """On images; where no image's fit ever changes, and memory allows, on fits made once."""
+    device, steps = model.coords.device, args.steps_test or args.steps
     changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
-    size = 4 * model.reader.beta.numel() * (len(images) + len(test)) / 2 ** 30
-    steps, about = args.steps_test or args.steps, facts(images)
-    if args.freeze_siren and not changes and size <= (4 if model.on_cpu else 16):      # GiB
+    gib = 4 * model.reader.beta.numel() * (len(images) + len(test)) / 2 ** 30
+    if args.freeze_siren and not changes and gib <= (4 if device.type == "cpu" else 16):
         fits = fit_once(model, images, args.steps, args.workers)
         test = fit_once(model, test, steps, args.workers)
-        return train_on_fits(args, model, model.read, fits, test, about, content)
-    return train(args, model, images, preparation(args, model, images), model,
-                 lambda poll: evaluate(model, test, steps, args.workers, poll), about, content)
+        return train_on_fits(args, model, model.read, fits, test, facts(images), content)
+    return train(args, model, len(images), partial(image_batches, args, model, images), model,
+                 lambda poll: evaluate(model, test, steps, args.workers, poll), facts(images),
+                 content)
 
 
 @torch.no_grad()
@@ -589,15 +558,15 @@ def pictures(model: MWT, test, steps: int) -> dict:
 def report(args, model: MWT, test, metrics: dict, command: str):
     """Prints the result; writes it to args.out with .json and .png in place of .pt."""
     low, high = metrics["test_interval"]
-    estimate = f" (an estimate: {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
     held_out = "validation share of the training set" if args.val else "test set"
-    print(f"accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, "
-          f"{metrics['test_images']} images of the {held_out}), PSNR {metrics['test_psnr']:.2f} dB"
-          f"{estimate}; trained for {metrics['seconds']:.0f} s")
+    estimate = f" (estimated by {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
+    print(f"{held_out}: accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}"
+          f", n = {metrics['test_images']}), PSNR {metrics['test_psnr']:.2f} dB{estimate}; "
+          f"trained for {metrics['seconds']:.0f} s")
     if args.out is not None:
-        content = {"command": command, "flags": vars(args), **environment(model.coords.device),
-                   "processes": WORLD, "evaluated_on": held_out, **metrics}
-        path = Path(args.out).with_suffix(".json")
+        path, content = Path(args.out).with_suffix(".json"), {
+            "command": command, "flags": vars(args), **environment(model.coords.device),
+            "processes": WORLD, "evaluated_on": held_out, **metrics}
         path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         shown = pictures(model, test, args.steps_test or args.steps)
         figures.training_figure(path.with_suffix(".png"), content, shown)
@@ -610,14 +579,19 @@ def run(given: dict):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     images, test = open_data(args, device)
-    model = make_model(args, content, images, test, device)
+    model = make_model(args, content, images, device)
+    say = print if RANK == 0 else lambda text: None
     if args.eval_only:
         metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
     elif content is None or "progress" in content:
+        count = sum(p.numel() for p in model.parameters())
+        say(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on, "
+            f"{images.channels}x{args.size}x{args.size}; {count:,} parameters; {device}, {WORLD} "
+            "process(es)")
         metrics = train_model(args, model, images, test, content)
     else:
+        say(f"the run in {args.out} is finished: nothing to train")
         metrics = content["metrics"]
-        print(f"the run in {args.out} is finished: nothing to train")
     if RANK == 0:
         report(args, model, test, metrics, command_line(args))
 
