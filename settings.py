@@ -1,7 +1,6 @@
 """What a run is given: its flags and recipes, the checks that come before any work, the machine.
 
-A flag that is not given is absent from what the parser returns, so that a recipe or a checkpoint can
-fill it in.
+A flag that is not given is absent from what the parser returns: a recipe or a checkpoint has it.
 """
 import argparse
 import contextlib

@@ -109,8 +109,9 @@ class MWT(nn.Module):
 
     def logits(self, tokens: Tensor, values: Tensor) -> Tensor:
         """`read`, and for a branch that takes it the mean colour of values (draws, N, n, C)."""
-        takes_colour = getattr(self.reader, "takes_colour", False)
-        return self.read(tokens, *([self.colour(values)] if takes_colour else []))
+        if getattr(self.reader, "takes_colour", False):
+            return self.read(tokens, self.colour(values))
+        return self.read(tokens)
 
     def forward(self, coords: Tensor, values: Tensor, labels: Tensor, groups=None) -> Tensor:
         """The `statistics` of a batch as `look` returned it. The class loss reaches the INR with
@@ -318,7 +319,6 @@ class Run:
             progress, self.metrics = content["progress"], content["metrics"]
             self.epoch, self.step = progress["epoch"], progress["step"]
             self.sums += progress["sums"].to(self.sums.device)
-            self.began -= progress["seconds"]
 
     @property
     def length(self) -> int:
@@ -334,10 +334,10 @@ class Run:
         content = {"method": self.model.method, "args": vars(self.args), "data": self.facts,
                    "metrics": self.metrics, "model": state}
         if self.length:
-            progress = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
-                        "seconds": time.monotonic() - self.began, "global_batch": self.batch}
-            content |= {"progress": progress, "optimizer": self.optimizer.state_dict(),
-                        "scheduler": self.scheduler.state_dict()}
+            content["progress"] = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
+                                   "global_batch": self.batch}
+            content["optimizer"] = self.optimizer.state_dict()
+            content["scheduler"] = self.scheduler.state_dict()
         if RANK == 0 and self.args.out:
             save_checkpoint(self.args.out, content)
         self.saved_at = time.monotonic()
@@ -385,9 +385,10 @@ def train(args, model, examples, batches, forward, test, facts=(), content=None)
             g = generator("order", args.seed, run.epoch)
             order = torch.randperm(examples, generator=g)[:run.length * run.batch]
             order = order.view(run.length, WORLD, -1)[run.step:, RANK]         # (steps, batch)
-            found = batches(order, run.epoch * run.steps + run.step)
-            for batch in tqdm(found, f"epoch {run.epoch + 1}/{args.epochs}", len(order),
-                              leave=False, disable=True if RANK else None):
+            bar = tqdm(batches(order, run.epoch * run.steps + run.step),
+                       f"epoch {run.epoch + 1}/{args.epochs}", len(order), leave=False,
+                       disable=True if RANK else None)
+            for batch in bar:
                 run.pause()
                 if compiles:
                     forward, compiles = compiled(forward, *batch), False
@@ -560,9 +561,9 @@ def report(args, model: MWT, test, metrics: dict, command: str):
     low, high = metrics["test_interval"]
     held_out = "validation share of the training set" if args.val else "test set"
     estimate = f" (estimated by {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
-    print(f"{held_out}: accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}"
-          f", n = {metrics['test_images']}), PSNR {metrics['test_psnr']:.2f} dB{estimate}; "
-          f"trained for {metrics['seconds']:.0f} s")
+    print(f"{held_out}: accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to "
+          f"{high:.2%}, n = {metrics['test_images']}), PSNR {metrics['test_psnr']:.2f} dB"
+          f"{estimate}; trained for {metrics['seconds']:.0f} s")
     if args.out is not None:
         path, content = Path(args.out).with_suffix(".json"), {
             "command": command, "flags": vars(args), **environment(model.coords.device),
