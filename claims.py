@@ -23,8 +23,6 @@ FLOOR = 0.10           # a reader so little above chance has nothing to explain
 ENOUGH = 10            # fewer random sets of columns decide nothing
 
 SUPPORTED, REFUTED, OPEN = "supported", "refuted", "not decided here"
-SHORT = {"column of highest energy": "highest col", "most constant column": "const. col",
-         "leading direction": "direction"}
 
 
 # ---- Words ---------------------------------------------------------------------------------------
@@ -51,11 +49,10 @@ def cell(row: dict, key: str) -> str:
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """Aligned text: the first column flush left, all others flush right."""
-    count = len(titles)
-    lines = [titles, *([*row, *[""] * (count - len(row))] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(count)]
-    return "\n".join("  ".join(text.ljust(w) if i == 0 else text.rjust(w)
-                               for i, (text, w) in enumerate(zip(line, widths))).rstrip()
+    lines = [titles, *([*row, *[""] * (len(titles) - len(row))] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.rjust(width) if i else text.ljust(width)
+                               for i, (text, width) in enumerate(zip(line, widths))).rstrip()
                      for line in lines)
 
 
@@ -138,57 +135,98 @@ def helps_verdict(contrasts: dict, detectable: float, p: float | None) -> str:
     return verdict
 
 
-# ---- One checkpoint ------------------------------------------------------------------------------
+# ---- Evidence: what the claims need of a model ---------------------------------------------------
+#
+# Every figure is (value, low, high). Of one checkpoint low and high are over test images; over the
+# seeds of a setting they are a t interval of the values. The same sentences are made of both.
 
-def opponent_claim(name: str, c: dict, letter: str) -> str:
-    found = c[letter]
-    verdict = opponent_verdict(found["gap"], found["accuracy"], c["reader"], c["chance"])
-    what = {"G": "best geometry", "L": "best trained classifier"}[letter]
-    return (f"{name}: {verdict}. Reader {percent(c['reader'])}% - {what} of the weights "
-            f"{percent(found['accuracy'])}% ({' / '.join(dict.fromkeys(found['best']))}) = "
-            f"{span(found['gap'], 100)} points; rule: supported > 2, refuted < 0, equivalent "
-            f"within 2. The same on pixels {percent(found['pixels'])}%: reader - pixels "
-            f"{span(found['reader_over_pixels'], 100)}, weights - pixels "
-            f"{span(found['over_pixels'], 100)}")
+def evidence(model: dict) -> dict:
+    """The figures of a report, by name."""
+    def alone(value):
+        return value, None, None
+
+    done, found = model["experiments"], {"R": alone(model["reader"])}
+    if c := done.get("clustering"):
+        found |= {"chance": alone(c.get("chance", 0.0)), "purity": alone(c["purity"])}
+        for letter in "GL":
+            if best := c.get(letter):
+                found |= {letter: alone(best["accuracy"]), f"R - {letter}": best["gap"],
+                          f"{letter} on pixels": alone(best["pixels"]),
+                          f"{letter} - pixels": best["over_pixels"]}
+    if f := done.get("token-flow"):
+        found["blocks"] = alone(f.get("blocks", 0))
+        for view, each in f.get("rises", {}).items():
+            found |= {f"rise {view}": each["rise"], f"late {view}": each["late_less_early"]}
+    if b := done.get("bias-route"):
+        found |= {"chance": alone(b.get("chance", 0.0)), "exchanged": b["permuted"]}
+        for name, each in b.get("controls", {}).items():
+            found |= {f"margin {name}": each["margin"], f"number {name}": alone(each["number"]),
+                      f"size {name}": alone(each["size"])}
+    return found
 
 
-def clustering_claims(c: dict) -> list[str]:
-    lines = [opponent_claim("C1a, the weights do not cluster", c, "G")]
-    if "L" in c:
-        lines.append(opponent_claim("C1b, nor does a simple classifier see it", c, "L"))
-    return lines
+def over_seeds(same: list[dict]) -> dict:
+    """The evidence of one setting, of the figures that all its models have; of controls the least
+    number and the largest size."""
+    found = {}
+    for name in set.intersection(*map(set, same)):
+        values = [each[name][0] for each in same]
+        extreme = {"number": min, "size": max}.get(name.split()[0])
+        found[name] = (extreme(values), None, None) if extreme else t_interval(values)
+    return found
 
 
-def flow_claims(f: dict) -> list[str]:
-    if "rises" not in f:
-        return ["C2a: no verdict: there is no untrained reader to compare with"]
-    verdict = late_verdict(f["rises"], f["blocks"])
+def sentences(e: dict, who: str = "") -> list[str]:
+    """C1 to C3 of one checkpoint or, by name, of a setting over its seeds."""
+    found = [*opponent_claims(e), *flow_claims(e), *route_claims(e)]
+    words = {"C1a": "the weights do not cluster", "C1b": "nor does a simple classifier see it",
+             "C2a": "classes come apart late", "C3": "the bias column is a route beyond its size"}
+    return [f"{claim}, {who or words[claim]}: {verdict}. {why}" for claim, verdict, why in found]
+
+
+def opponent_claims(e: dict):
+    for claim, letter, what in (("C1a", "G", "best geometry"), ("C1b", "L", "best classifier")):
+        if f"R - {letter}" in e:
+            verdict = opponent_verdict(e[f"R - {letter}"], e[letter][0], e["R"][0], e["chance"][0])
+            yield claim, verdict, (
+                f"Reader {percent(e['R'][0])}% - {what} of the weights {percent(e[letter][0])}% = "
+                f"{span(e[f'R - {letter}'], 100)} points (rule: supported > 2, refuted < 0, "
+                f"equivalent within 2); on pixels {percent(e[f'{letter} on pixels'][0])}%, weights "
+                f"- pixels {span(e[f'{letter} - pixels'], 100)}")
+
+
+def flow_claims(e: dict):
     names = {"pooled": "mean token", "flattened": "all tokens flattened"}
-    found = "; ".join(f"{names[view]}: {span(each['rise'], 100)}, late - early "
-                      f"{span(each['late_less_early'], 100)}" for view, each in f["rises"].items())
-    if len(f["rises"]) == 1:
-        found += "; all tokens flattened: not looked at, for want of memory"
-    return [f"C2a, classes come apart late: {verdict}. Rise of 10-NN over untrained readers, "
-            f"points, {found}; rule: late - early > 0 in both views, refuted < 0 in both"]
+    views = {names[view]: {"rise": e[f"rise {view}"], "late_less_early": e[f"late {view}"]}
+             for view in names if f"rise {view}" in e}
+    if views:
+        found = "; ".join(f"{name} {span(each['rise'], 100)}, late - early "
+                          f"{span(each['late_less_early'], 100)}" for name, each in views.items())
+        alone = "" if len(views) == 2 else "; all tokens were not looked at, for want of memory"
+        yield "C2a", late_verdict(views, e["blocks"][0]), (
+            f"Rise of 10-NN over untrained readers, points: {found}{alone} (rule: late - early > 0 "
+            "in both views, refuted < 0 in both)")
+    elif "blocks" in e:
+        yield "C2a", "no verdict", "There is no untrained reader to compare with"
 
 
-def route_claims(b: dict) -> list[str]:
-    verdict = route_verdict(b["controls"], b["reader"], b["chance"])
-    found = "; ".join(f"{each['number']} sets of {name} ({each['size']:.1f} times its size) "
-                      f"{span(each['margin'], 100)}" for name, each in b["controls"].items())
-    return [f"C3, the bias column is a route beyond its size: {verdict}. Loss when exchanged "
-            f"{span(b['permuted'], 100)} points; less that of {found or 'nothing of its size'}; "
-            "rule: supported > 2 against both, refuted < 0 against either"]
+def route_claims(e: dict):
+    if "exchanged" in e:
+        controls = {name: {"number": e[f"number {name}"][0], "size": e[f"size {name}"][0],
+                           "margin": e[f"margin {name}"]}
+                    for name in ("random columns", "principal components") if f"margin {name}" in e}
+        found = "; ".join(f"{each['number']} sets of {name} ({each['size']:.1f} times its size) "
+                          f"{span(each['margin'], 100)}" for name, each in controls.items())
+        yield "C3", route_verdict(controls, e["R"][0], e["chance"][0]), (
+            f"Loss when exchanged {span(e['exchanged'], 100)} points; less that of "
+            f"{found or 'nothing of its size'} (rule: supported > 2 against both, refuted < 0 "
+            "against either)")
 
 
-def at_rank(told: dict, r: int) -> dict:
-    """R^2 of each fact from r components, or from as many as there are."""
-    return told.get(str(r)) or list(told.values())[-1]
-
-
-def content_claims(c: dict) -> list[str]:
-    name = "bias column" if "bias column" in c["told"] else next(iter(c["told"]))
-    facts = {fact: r2 for fact, r2 in at_rank(c["told"][name], 4).items() if r2 is not None}
+def content_lines(c: dict) -> list[str]:
+    """What the route carries: no claim."""
+    name = next(iter(c["told"]))
+    facts = {fact: r2 for fact, r2 in c["told"][name].items() if r2 is not None}
     best = sorted(facts, key=facts.get, reverse=True)[:4]
     other, same = c["mediation"]
     part = other["parts"][name]
@@ -199,21 +237,17 @@ def content_claims(c: dict) -> list[str]:
             f"{span(part['share'], 1, 2)}; of a same-class image {span(same['total'], 100)}"]
 
 
-CLAIMS = {"clustering": clustering_claims, "token-flow": flow_claims, "bias-route": route_claims,
-          "content": content_claims}
-
-
 def summary(model: dict) -> list[str]:
     """The reader's accuracy, then a line a claim."""
-    done, (low, high) = model["experiments"], model["reader_interval"]
+    low, high = model["reader_interval"]
     unfinished = " (the run is not finished)" if model["unfinished"] else ""
     part = "" if model["whole_bank"] else (f"; {model['bank']} training images only: geometry and "
                                            "classifiers are weaker opponents than they could be")
     lines = [f"reader {percent(model['reader'])}% [{percent(low)}, {percent(high)}] on "
              f"{model['test']} {model['evaluated_on']}{unfinished}{part}"]
-    for name, describe in CLAIMS.items():
-        if name in done:
-            lines += describe(done[name])
+    lines += sentences(evidence(model))
+    if "content" in model["experiments"]:
+        lines += content_lines(model["experiments"]["content"])
     return [*lines, "verdicts are about this checkpoint; intervals are over test images"]
 
 
@@ -238,84 +272,29 @@ def run_of(content: dict) -> str:
 
 
 def point(model: dict) -> dict:
-    """What the comparison takes from one model's report."""
-    flags, done, method = model["training"], model["experiments"], model.get("method", "mwt")
+    """What the comparison takes from one model's report: who it is, and its evidence."""
+    flags, method = model["training"], model.get("method", "mwt")
     w_task = flags.get("w_task")               # None: a method without a class loss for its weights
     names = {None: method, 0: "WT", 0.01: "MWT"}
-    found = {"name": model["name"], "reader": model["reader"], "seed": flags["seed"],
-             "method": method, "data": json.dumps([flags.get(key) for key in DATA]),
+    found = {"name": model["name"], "seed": flags["seed"], "method": method,
+             "data": json.dumps([flags.get(key) for key in DATA]),
              "label": model.get("lane") or names.get(w_task, f"w_task {w_task}"),
-             "setting": method + key_of(flags, ["seed"]), "bank": model.get("bank"),
-             "architecture": method + key_of(flags, TRAINING)}
-    if c := done.get("clustering"):
-        found |= {"purity": c["purity"], "chance": c.get("chance", 0.0)}
-        for letter in "GL":
-            if letter in c:
-                found |= {letter: c[letter]["accuracy"], f"R - {letter}": c[letter]["gap"][0],
-                          f"{letter} on pixels": c[letter]["pixels"]}
-    if f := done.get("token-flow"):
-        if "rises" in f:
-            found["blocks"] = f["blocks"]
-            for view, each in f["rises"].items():
-                found |= {f"rise {view}": each["rise"][0], f"late {view}":
-                          each["late_less_early"][0]}
-        if "reader_halves" in f:
-            found |= {"reader_halves": f["reader_halves"],
-                      "stages": {row["stage"]: row["purity_halves"] for row in f["rows"]}}
-    if b := done.get("bias-route"):
-        found |= {"permuted": b["permuted"][0], "above_sets": b.get("above_sets")}
-        for name, control in b.get("controls", {}).items():
-            found |= {f"margin {name}": control["margin"][0], f"number {name}": control["number"],
-                      f"size {name}": control["size"]}
+             "setting": method + key_of(flags, ["seed"]),
+             "architecture": method + key_of(flags, TRAINING), "evidence": evidence(model)}
+    flow = model["experiments"].get("token-flow", {})
+    if "reader_halves" in flow:
+        found |= {"reader_halves": flow["reader_halves"],
+                  "stages": {row["stage"]: row["purity_halves"] for row in flow["rows"]}}
     return found
-
-
-def over_seeds(same: list[dict]) -> dict:
-    """t intervals of every figure that all models of one setting have."""
-    row = {"label": same[0]["label"], "models": [p["name"] for p in same], "n": len(same)}
-    for key, value in same[0].items():
-        if isinstance(value, float) and all(key in p for p in same):
-            row[key] = t_interval([p[key] for p in same])
-    return row
-
-
-def seed_claims(row: dict, same: list[dict]) -> list[str]:
-    """C1 to C3 of a setting with three seeds or more."""
-    lines, label = [], f"{row['label']}, {row['n']} seeds"
-    reader, chance = row["reader"][0], row.get("chance", (0,))[0]
-    for name, letter in (("C1a", "G"), ("C1b", "L")):
-        gap = row.get(f"R - {letter}")
-        if gap:
-            verdict = opponent_verdict(gap, row[letter][0], reader, chance)
-            lines.append(f"{name}, {label}: {verdict}. R - {letter} {span(gap, 100)} points "
-                         f"(R {percent(reader)}%, {letter} {percent(row[letter][0])}%, on pixels "
-                         f"{percent(row[f'{letter} on pixels'][0])}%)")
-    views = {view: {"rise": row[f"rise {view}"], "late_less_early": row[f"late {view}"]}
-             for view in ("pooled", "flattened") if f"rise {view}" in row}
-    if views:
-        verdict = late_verdict(views, same[0]["blocks"])
-        found = "; ".join(f"{view} {span(each['late_less_early'], 100)}"
-                          for view, each in views.items())
-        lines.append(f"C2a, {label}: {verdict}. Late - early rise of 10-NN, points: {found}")
-    controls = {name: {"number": min(p[f"number {name}"] for p in same),
-                       "size": max(p[f"size {name}"] for p in same),
-                       "margin": row[f"margin {name}"]}
-                for name in ("random columns", "principal components") if f"margin {name}" in row}
-    if "permuted" in row:
-        verdict = route_verdict(controls, reader, chance)
-        found = "; ".join(f"{name} {span(each['margin'], 100)}" for name, each in controls.items())
-        lines.append(f"C3, {label}: {verdict}. Loss {span(row['permuted'], 100)} points, less that "
-                     f"of the same size in {found or 'nothing'}")
-    return lines
 
 
 def with_accuracy(one: list[dict], seed: int) -> dict:
     """C2b, description: Spearman's rho over models of purity, by stage, with accuracy; of stages
     on one half of the test images, with accuracy on the other half."""
     settings, found = [p["setting"] for p in one], {}
-    if all("purity" in p for p in one):
-        found["phi - theta"] = spearman([p["purity"] for p in one], [p["reader"] for p in one],
-                                        settings, seed)
+    if all("purity" in p["evidence"] for p in one):
+        purity, reader = ([p["evidence"][name][0] for p in one] for name in ("purity", "R"))
+        found["phi - theta"] = spearman(purity, reader, settings, seed)
     if all("stages" in p for p in one):
         for stage in one[0]["stages"]:
             found[stage] = spearman([p["stages"][stage][0] for p in one],
@@ -326,50 +305,53 @@ def with_accuracy(one: list[dict], seed: int) -> dict:
 def against_pixels(points: list[dict]) -> list[str]:
     """The reader on weights less the same Transformer on pixels (method "pixels"), same data,
     paired by seed."""
-    pixels = {(p["data"], p["seed"]): p["reader"] for p in points if p["method"] == "pixels"}
-    lines, settings = [], {}
+    pixels = {(p["data"], p["seed"]): p["evidence"]["R"][0] for p in points
+              if p["method"] == "pixels"}
+    gaps = {}                                  # by setting
     for p in points:
         if p["method"] != "pixels" and (p["data"], p["seed"]) in pixels:
-            gap = p["reader"] - pixels[p["data"], p["seed"]]
-            settings.setdefault(p["setting"], []).append((p["label"], gap))
-    for same in settings.values():
-        label, gaps = same[0][0], [gap for _, gap in same]
-        interval = t_interval(gaps) or (gaps[0], None, None)
-        lines.append(f"{label} - the same Transformer on pixels: {span(interval, 100)} points, "
-                     f"{len(gaps)} seeds")
-    return lines
+            gap = p["evidence"]["R"][0] - pixels[p["data"], p["seed"]]
+            gaps.setdefault((p["label"], p["setting"]), []).append(gap)
+    return [f"{label} - the same Transformer on pixels: "
+            f"{span(t_interval(each) or (each[0], None, None), 100)} points, {len(each)} seeds"
+            for (label, _), each in gaps.items()]
 
 
 def across(models: list[dict], seed: int = 0) -> dict:
     """The comparison of models' reports: by setting, and correlations over the largest group of one
     architecture."""
-    points = [point(model) for model in models]
+    points, settings = [point(model) for model in models], {}
     architectures = [p["architecture"] for p in points]
-    most = max(architectures, key=architectures.count)
-    one, settings = [p for p in points if p["architecture"] == most], {}
+    one = [p for p in points if p["architecture"] == max(architectures, key=architectures.count)]
     for p in points:
         settings.setdefault(p["setting"], []).append(p)
-    groups = [same for same in settings.values() if len({p["seed"] for p in same}) >= 3]
-    rows = [over_seeds(same) for same in groups]
-    verdicts = [line for row, same in zip(rows, groups) for line in seed_claims(row, same)]
+    rows, verdicts = [], []
+    for same in settings.values():
+        if len({p["seed"] for p in same}) >= 3:
+            found, label = over_seeds([p["evidence"] for p in same]), same[0]["label"]
+            rows.append({"label": label, "models": [p["name"] for p in same], "n": len(same),
+                         **found})
+            verdicts += sentences(found, f"{label}, {len(same)} seeds")
+    few = ["No setting has three seeds: nothing is said about the method, only about each "
+           "checkpoint."]
     return {"points": points, "models": len(one), "settings": len({p["setting"] for p in one}),
-            "correlations": with_accuracy(one, seed), "seeds": rows, "verdicts": (verdicts or [
-                "No setting has three seeds: nothing is said about the method, only about each "
-                "checkpoint."]) + against_pixels(points)}
+            "correlations": with_accuracy(one, seed), "seeds": rows,
+            "verdicts": (verdicts or few) + against_pixels(points)}
 
 
-ACROSS = {"reader": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",
+ACROSS = {"R": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",
           "G on pixels": "px G", "L on pixels": "px L", "late pooled": "late",
-          "late flattened": "all", "permuted": "bias", "margin random columns": "- sets",
+          "late flattened": "all", "exchanged": "bias", "margin random columns": "- sets",
           "margin principal components": "- comp."}
 
 
 def across_table(result: dict) -> str:
     """A row a model, in percent and points."""
     points = result["points"]
-    keys = [key for key in ACROSS if any(key in p for p in points)]
+    keys = [key for key in ACROSS if any(key in p["evidence"] for p in points)]
     lines = [table(["model", "", *(ACROSS[key] for key in keys)],
-                   [[p["name"][:24], p["label"], *(percent(p.get(key)) for key in keys)]
+                   [[p["name"][:24], p["label"],
+                     *(percent(p["evidence"].get(key, [None])[0]) for key in keys)]
                     for p in points]),
              "px: on pixels; late: late - early rise of 10-NN on the mean token, all: of all; "
              "bias: loss with the bias column exchanged, and that less its controls'; points"]

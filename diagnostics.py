@@ -35,10 +35,10 @@ import figures
 from checkpoint import METHODS, InputError, exits, generator, model_from, read_checkpoint, seeded
 from claims import cell, percent, span, table
 from data import load_dataset, stratified_sample
-from measures import (DECAYS, PENALTIES, auroc, bootstrap, chance, crossed, fisher_ratio,
-                      fit_linear, fit_mlp, fit_probe, knn_predict, nearest, nearest_mean_predict,
+from measures import (DECAYS, PENALTIES, bootstrap, chance, crossed, fisher_ratio, fit_linear,
+                      fit_mlp, fit_probe, knn_predict, nearest, nearest_mean_predict,
                       paired_bootstrap, purity, silhouettes, vote, wilson)
-from routes import (BLOCK, bias_route, bias_table, by_blocks, content, content_table, other_routes)
+from routes import BLOCK, bias_route, bias_table, by_blocks, content, content_table, other_routes
 from settings import RECIPE, Parser, command_line, environment, find_device, free_memory, whole
 from train import train_reader
 
@@ -87,10 +87,10 @@ def accuracy(guesses: Tensor, labels: Tensor) -> float:
 # neighbours, or the nearest class mean, would tell its class as well as the trained reader does
 # (C1a). If it sat there openly, any trained classifier would: a linear or a small nonlinear one on
 # the weights flattened (C1b). Every training image (the bank) and every test image (the queries) is
-# fitted. In each coordinate system, the weights whole, by layer, standardised, scaled to length
-# one, cut to a part of the token, and the raw pixels, we ask 1-NN, 10-NN and the nearest class mean
-# for a test image's class, and in some the two trained classifiers. Purity, silhouette and Fisher
-# ratio are the test images' own. Chance: 10-NN with the bank's labels shuffled.
+# fitted. In each coordinate system, the raw pixels, the weights whole, by layer, standardised,
+# scaled to length one, the bias column, we ask 1-NN, 10-NN and the nearest class mean for a test
+# image's class; on pixels and weights the two trained classifiers too. Purity, silhouette and
+# Fisher ratio are the test images' own. Chance: 10-NN with the bank's labels shuffled.
 #
 # R is the reader's accuracy, G the best geometry's (chosen on one half of the test images, measured
 # on the other), L the best trained classifier's (chosen on a held-out fifth of the bank). C1a is
@@ -115,33 +115,17 @@ def coordinate_systems(model, bank: Fitted, queries: Fitted):
     mean, deviation = bank.tokens.mean(0), bank.tokens.std(0, correction=0)
     scale = torch.where(deviation > 1e-7 * mean.abs(), 1 / deviation, 0.0)
     yield "standardised per weight", *both(lambda each: (each.tokens - mean) * scale)
-    if "bias column" in model.parts():
-        U = model.parts()["bias column"]       # (D, 1)
-        rest = torch.eye(len(U), device=U.device) - U @ U.T
-        yield "bias column", *both(lambda each: each.tokens @ U)
-        yield "all but the bias column", *both(lambda each: each.tokens @ rest)
     yield "cosine of phi - theta", *map(F.normalize, both(lambda each: each.tokens))
+    if "bias column" in model.parts():
+        yield "bias column", *both(lambda each: each.tokens @ model.parts()["bias column"])
     if model.reader is not None:
-        beta, input_map = model.reader.beta, model.reader.input_map
-        yield "cosine of phi - theta + beta", *map(F.normalize, both(lambda e: e.tokens + beta))
+        input_map = model.reader.input_map
         yield "after the reader's input map", *both(lambda each: by_blocks(input_map, each.tokens))
 
 
 GEOMETRY = {"knn1": "1-NN", "knn10": "10-NN", "nearest_mean": "nearest mean"}
 PROBES = {"linear": (fit_linear, PENALTIES), "mlp": (fit_mlp, DECAYS)}
-MLP_ON = ("pixels", "phi - theta")     # and where the linear probe does best: it takes long
-# Of these a trained classifier would learn little that it does not learn from phi - theta.
-UNPROBED = ("standardised per weight", "all but the bias column", "cosine of phi - theta",
-            "cosine of phi - theta + beta", "after the reader's input map")
-
-
-def predictions(bank: Tensor, bank_labels: Tensor, x: Tensor, classes: int) -> dict:
-    """What geometry says of queries x (q, d): labels (q,) by 1-NN, 10-NN and the nearest class
-    mean, and the numbers of the 10 nearest bank rows (q, 10)."""
-    neighbors = nearest(bank, x, 10)
-    return {"neighbors": neighbors, "knn1": bank_labels[neighbors[:, 0]],
-            "knn10": vote(bank_labels[neighbors], classes),
-            "nearest_mean": nearest_mean_predict(bank, bank_labels, x)}
+PROBED = ("pixels", "phi - theta", "bias column")
 
 
 def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, probes=True,
@@ -149,41 +133,27 @@ def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, pr
     """systems: as `coordinate_systems` yields; guesses (q,): the trained reader's predictions."""
     g, classes = generator("shuffle", seed), int(max(bank_labels.max(), labels.max())) + 1
     shuffled = bank_labels[torch.randperm(len(bank_labels), generator=g).to(labels.device)]
-    rows, hits, held = {}, {}, {}               # hits: {(coordinate, how): (q,)}
-    best = None                        # the coordinates on which the linear probe does best
-
-    def ask(name, how, guesses):
-        hits[name, how] = (guesses == labels).double()
-        rows[name][how] = float(hits[name, how].mean())
-
-    def probe(name, how, bank, x):
-        fit, settings = PROBES[how]
-        guesses, held[name, how] = fit_probe(fit, settings, bank, bank_labels, x)
-        ask(name, how, guesses)
-
+    rows, hits, held = [], {}, {}      # hits: {(coordinate, how): (q,)}; held: accuracy on a fifth
     for name, bank, x in tqdm(systems, "clustering", leave=False, disable=None):
-        found = predictions(bank, bank_labels, x, classes)
+        neighbors = nearest(bank, x, 10)
+        found = {"knn1": bank_labels[neighbors[:, 0]],
+                 "knn10": vote(bank_labels[neighbors], classes),
+                 "nearest_mean": nearest_mean_predict(bank, bank_labels, x)}
+        for how, (fit, settings) in PROBES.items() if probes and name in PROBED else ():
+            found[how], held[name, how] = fit_probe(fit, settings, bank, bank_labels, x)
         fisher = fisher_ratio(x, labels)
-        rows[name] = {
-            "coordinate": name, "d": x.shape[1], "purity": float(purity(x, labels).mean()),
-            "silhouette": float(silhouettes(x, labels).mean()),
-            "fisher": fisher if math.isfinite(fisher) else None,           # no spread
-            "knn10_shuffled": accuracy(vote(shuffled[found["neighbors"]], classes), labels)}
-        for how in GEOMETRY:
-            ask(name, how, found[how])
-        if probes and name not in UNPROBED:
-            for how in PROBES if name in MLP_ON else ["linear"]:
-                probe(name, how, bank, x)
-            better = best is None or held[name, "linear"] > held[best[0], "linear"]
-            if better and name != "pixels":
-                best = name, bank, x
-    if best and best[0] not in MLP_ON:
-        probe(best[0], "mlp", *best[1:])
+        rows.append({"coordinate": name, "d": x.shape[1],
+                     **{how: accuracy(answer, labels) for how, answer in found.items()},
+                     "knn10_shuffled": accuracy(vote(shuffled[neighbors], classes), labels),
+                     "purity": float(purity(x, labels).mean()),
+                     "silhouette": float(silhouettes(x, labels).mean()),
+                     "fisher": fisher if math.isfinite(fisher) else None})     # inf: no spread
+        hits |= {(name, how): (answer == labels).double() for how, answer in found.items()}
     right = (guesses == labels).double()
-    result = {"rows": [*rows.values()], "purity": rows["phi - theta"]["purity"],
-              "reader": float(right.mean()), "bank": len(bank_labels), "test": len(labels),
-              "reader_interval": wilson(int(right.sum()), len(right)), "classes": classes,
-              "chance": chance(labels)}
+    pure = next(row["purity"] for row in rows if row["coordinate"] == "phi - theta")
+    result = {"rows": rows, "purity": pure, "reader": float(right.mean()),
+              "reader_interval": wilson(int(right.sum()), len(right)), "chance": chance(labels),
+              "bank": len(bank_labels), "test": len(labels), "classes": classes}
     return result | opponents(right, hits, held, seed)
 
 
@@ -203,9 +173,8 @@ def opponents(right: Tensor, hits: dict, held: dict, seed: int) -> dict:
         return hits[name, how], [f"{how} probe on {name}"]
 
     found = {}
-    for letter, best in (("G", best_geometry), ("L", best_probe)):
-        if letter == "L" and not held:
-            continue
+    for letter, best in {"G": best_geometry, "L": best_probe}.items() if held else [
+            ("G", best_geometry)]:
         (weights, names), (pixels, pixel_names) = best(False), best(True)
         found[letter] = {"accuracy": float(weights.mean()), "best": names,
                          "gap": paired_bootstrap(right, weights, seed),    # reader - best
@@ -228,8 +197,8 @@ def clustering_table(result: dict) -> str:
         if letter in result:
             best = result[letter]
             text += (f"\n{letter}: {percent(best['accuracy'])}% ({' / '.join(best['best'])}); on "
-                     f"pixels {percent(best['pixels'])}% ({' / '.join(best['best_on_pixels'])}), "
-                     f"weights - pixels {span(best['over_pixels'], 100)} points")
+                     f"pixels {percent(best['pixels'])}% ({' / '.join(best['best_on_pixels'])}); "
+                     f"reader - pixels {span(best['reader_over_pixels'], 100)} points")
     return text
 
 
@@ -240,70 +209,35 @@ def clustering_table(result: dict) -> str:
 # flattened. Against them stand five readers with initial parameters, whose random features cluster
 # a little too, and a bank that the trained reader never saw, since states of training images may
 # cluster only because their labels were fitted. The head applied to earlier states is the logit
-# lens (nostalgebraist 2020). AUROC: does the purity of a test image's neighbours tell whether the
-# reader gets it right? Then each sub-block is knocked out, alone or with all later ones of its
-# kind.
+# lens (nostalgebraist 2020). Then all attention, or all MLPs, from one block on are knocked out:
+# replaced by their mean output, which all images share.
 #
 # C2a is supported if, of the rise of 10-NN from the input map to the last block, over the untrained
 # readers' mean, the last half of the blocks has more than the first half (of an odd number the
 # middle one counts for neither), in both views, and refuted if less in both (claims.late_verdict).
-# The first attention may as well do most of it. Purity near the head restates accuracy, so which
-# stage's purity goes with accuracy over models (C2b) is description.
-
-class NearestSoFar:
-    """The k nearest rows of a bank that comes block by block: of all tokens flattened, all at once
-    would be too large."""
-
-    def __init__(self, queries: Tensor, k: int = 10):
-        self.mean = queries.mean(0)
-        self.queries, self.seen = queries - self.mean, 0
-        self.squares = self.queries.square().sum(1, keepdim=True)
-        self.distance = queries.new_full((len(queries), k), math.inf)      # squared
-        self.index = torch.zeros(len(queries), k, dtype=torch.long, device=queries.device)
-
-    def update(self, block: Tensor):
-        x = block - self.mean
-        d = torch.addmm(self.squares + x.square().sum(1), self.queries, x.T, alpha=-2)
-        index = torch.arange(self.seen, self.seen + len(x), device=x.device).expand(len(d), -1)
-        distance, index = torch.cat([self.distance, d], 1), torch.cat([self.index, index], 1)
-        self.distance, order = distance.topk(self.index.shape[1], largest=False)
-        self.index, self.seen = index.gather(1, order), self.seen + len(x)
-
-
-class Walk(NamedTuple):
-    """What one pass of bank and queries through a reader leaves, by stage."""
-    logits: Tensor                     # (q, classes)
-    bank: dict[str, Tensor]            # (n, width) mean over tokens
-    queries: dict[str, Tensor]         # (q, width) mean over tokens
-    flattened: dict[str, Tensor]       # of all tokens flattened: the 10 nearest bank rows (q, 10)
-
+# Purity near the head restates accuracy, so which stage's purity goes with accuracy over models
+# (C2b) is description.
 
 @torch.no_grad()
-def walk(trace, bank: Tensor, queries: Tensor, flattened: list[str], title: str) -> Walk:
-    """trace: tokens -> logits, [(stage, state), ...]; flattened: stages to look at whole."""
-    logits, pooled, states, bank_pooled = [], {}, {}, {}
-    for x in queries.split(BLOCK):
-        output, named = trace(x)
+def walk(trace, tokens: Tensor, flattened=()) -> tuple[Tensor, dict, dict]:
+    """One pass through a reader: logits, {stage: mean token (n, width)} and, of the stages named,
+    {stage: all tokens (n, T * width)}. trace: tokens -> logits, [(stage, state), ...]."""
+    logits, pooled, whole_states = [], {}, {}
+    for rows in tqdm(torch.arange(len(tokens)).split(BLOCK), "token flow", leave=False,
+                     disable=None):
+        output, states = trace(tokens[rows])
         logits.append(output)
-        for name, state in [("input tokens", x), *named]:
-            pooled.setdefault(name, []).append(state.mean(1))
-            if name in flattened:
-                states.setdefault(name, []).append(state.flatten(1))
-    near = {name: NearestSoFar(torch.cat(states.pop(name))) for name in flattened}
-    for x in tqdm(bank.split(BLOCK), title, leave=False, disable=None):
-        for name, state in [("input tokens", x), *trace(x)[1]]:
-            bank_pooled.setdefault(name, []).append(state.mean(1))
-            if name in flattened:
-                near[name].update(state.flatten(1))
-    bank_pooled, pooled = ({name: torch.cat(blocks) for name, blocks in each.items()}
-                           for each in (bank_pooled, pooled))
-    return Walk(torch.cat(logits), bank_pooled, pooled,
-                {name: search.index for name, search in near.items()})
+        for stage, state in [("input tokens", tokens[rows]), *states]:
+            pooled.setdefault(stage, []).append(state.mean(1))
+            if stage in flattened:
+                room = state.new_empty(len(tokens), state[0].numel())
+                whole_states.setdefault(stage, room)[rows] = state.flatten(1)
+    pooled = {stage: torch.cat(blocks) for stage, blocks in pooled.items()}
+    return torch.cat(logits), pooled, whole_states
 
 
 def whole_blocks(stages: list[str], reader) -> list[str]:
-    """Of the stages after "input tokens" those where a block ends, the input map first. Queries
-    that gather tokens are none."""
+    """The input map and the stages where a block ends; queries that gather tokens are none."""
     return stages[1:] if reader is None else stages[1:2 + len(reader.blocks):2]
 
 
@@ -313,183 +247,129 @@ def ends_of_halves(blocks: list[str]) -> list[str]:
     return [blocks[i] for i in (0, depth // 2, depth - depth // 2, depth)]
 
 
-def unseen_bank(walked: Walk, bank_labels: Tensor, labels: Tensor) -> tuple[int, dict]:
-    """10-NN on the mean token of one half of the queries, against the other half, which the reader
-    never saw, and against as many training images: their number, {stage: figures}."""
-    half = sample(labels, min(len(labels) // 2, len(bank_labels)))
+def stage_hits(trace, bank: Fitted, queries: Fitted, flattened) -> tuple:
+    """{view: {stage: which queries 10-NN reads right (q,)}}; the bank's and the queries' mean
+    tokens by stage; the queries' logits."""
+    _, *known = walk(trace, bank.tokens, flattened)
+    logits, *asked = walk(trace, queries.tokens, flattened)
+    hits = {view: {stage: (knn_predict(x[stage], bank.labels, y) == queries.labels).double()
+                   for stage, y in ys.items()}
+            for view, x, ys in zip(("pooled", "flattened"), known, asked)}
+    return hits, known[0], asked[0], logits
+
+
+def unseen_bank(known: Tensor, known_labels: Tensor, x: Tensor, labels: Tensor) -> dict:
+    """10-NN on the mean token (q, width) of one half of the queries, against the other half, which
+    the reader never saw, and against as many training images."""
+    half = sample(labels, min(len(labels) // 2, len(known)))
+    seen = sample(known_labels, len(half))
     rest = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     rest[half] = False
-    seen, found = sample(bank_labels, len(half)), {}
-    for stage, x in walked.queries.items():
-        banks = {"seen": (walked.bank[stage][seen], bank_labels[seen]),
-                 "unseen": (x[half], labels[half])}
-        found[stage] = {}
-        for name, (bank, its_labels) in banks.items():
-            guesses = knn_predict(bank, its_labels, x[rest])
-            found[stage][f"{name}_knn10"] = accuracy(guesses, labels[rest])
-    return len(half), found
+    banks = {"seen": (known[seen], known_labels[seen]), "unseen": (x[half], labels[half])}
+    return {f"{name}_knn10": accuracy(knn_predict(*each, x[rest]), labels[rest])
+            for name, each in banks.items()}
 
 
 def token_flow(trace, untrained: list, bank: Fitted, queries: Fitted, reader=None, flattened=True,
                probes=True, seed=0) -> dict:
     """trace, untrained: tokens -> logits, [(stage, state), ...] of the trained reader and of some
     with initial parameters; reader: a Reader, or None; flattened: whether memory allows that."""
-    labels, known = queries.labels, bank.labels
+    labels = queries.labels
     stages = ["input tokens", *(name for name, _ in trace(queries.tokens[:1])[1])]
-    blocks = ["input tokens", *whole_blocks(stages, reader)]
-    ends = ends_of_halves(blocks[1:])
-    views = {"pooled": stages} | ({"flattened": list(dict.fromkeys(ends))} if flattened else {})
-    walks = [walk(each, bank.tokens, queries.tokens, views.get("flattened", []), f"reader {i + 1}")
-             for i, each in enumerate([trace, *untrained])]
-    hits = {}                  # {view: [{stage: (q,)} of each reader, the trained one first]}
-    for view, names in views.items():
-        hits[view] = [{stage: knn10_hits(walked, stage, view, known, labels) for stage in names
-                       if walked is walks[0] or stage in blocks} for walked in walks]
-    right = (walks[0].logits.argmax(1) == labels).double()
-    half, unseen = unseen_bank(walks[0], known, labels)
+    blocks = whole_blocks(stages, reader)
+    ends = ends_of_halves(blocks)
+    looked_whole = ends if flattened else []
+    hits, known, asked, logits = stage_hits(trace, bank, queries, looked_whole)
+    others = [stage_hits(each, bank, queries, looked_whole)[0] for each in untrained]
+    right = (logits.argmax(1) == labels).double()
     split = torch.randperm(len(labels), generator=generator("halves", seed)).chunk(2)
     rows = []
-    for stage in stages:
-        pure = purity(walks[0].queries[stage], labels)                     # (q,)
-        row = {"stage": stage, "purity": float(pure.mean()), "auroc": auroc(pure, right),
-               "purity_halves": [float(pure[part].mean()) for part in split], **unseen[stage]}
-        for view, (trained, *others) in hits.items():
-            if stage in trained:
-                row[f"{view}_knn10"] = float(trained[stage].mean())
-            if others and stage in others[0]:
-                average = sum(float(each[stage].mean()) for each in others) / len(others)
-                row[f"untrained_{view}_knn10"] = average
+    for stage, x in asked.items():                                         # x (q, width)
+        pure = purity(x, labels)                                           # (q,)
+        row = {"stage": stage, "purity": float(pure.mean()),
+               "purity_halves": [float(pure[part].mean()) for part in split],
+               **unseen_bank(known[stage], bank.labels, x, labels)}
+        for view, found in hits.items():
+            if stage in found:
+                row[f"{view}_knn10"] = float(found[stage].mean())
+            if others and stage in others[0][view]:
+                row[f"untrained_{view}_knn10"] = float(mean_hits(others, view, stage).mean())
         if probes and stage in blocks:
-            guesses, _ = fit_probe(fit_linear, PENALTIES, walks[0].bank[stage], known,
-                                   walks[0].queries[stage])
+            guesses, _ = fit_probe(fit_linear, PENALTIES, known[stage], bank.labels, x)
             row["pooled_linear"] = accuracy(guesses, labels)
         if reader is not None and stage != "input tokens":
-            row["logit_lens"] = accuracy(reader.head(walks[0].queries[stage]).argmax(1), labels)
+            row["logit_lens"] = accuracy(reader.head(x).argmax(1), labels)
         rows.append(row)
-    result = {"rows": rows, "reader": float(right.mean()), "bank": len(known), "half": half,
+    result = {"rows": rows, "reader": float(right.mean()), "bank": len(bank.labels),
               "reader_halves": [float(right[part].mean()) for part in split], "ends": ends,
-              "blocks": len(blocks) - 2, "untrained": len(untrained),
+              "blocks": len(blocks) - 1, "untrained": len(untrained),
               "test": len(labels), "classes": int(labels.max()) + 1}
     if untrained:
-        result["rises"] = {view: rise(each, ends, seed) for view, each in hits.items()}
+        result["rises"] = {view: rise(hits, others, view, ends, seed)
+                           for view in hits if hits[view]}
     return result
 
 
-def knn10_hits(walked: Walk, stage: str, view: str, bank_labels: Tensor, labels: Tensor) -> Tensor:
-    """Which queries (q,) 10-NN reads right at a stage, on the mean token or on all flattened."""
-    if view == "pooled":
-        guesses = knn_predict(walked.bank[stage], bank_labels, walked.queries[stage])
-    else:
-        guesses = vote(bank_labels[walked.flattened[stage]], int(bank_labels.max()) + 1)
-    return (guesses == labels).double()
+def mean_hits(others: list[dict], view: str, stage: str) -> Tensor:
+    """The share of untrained readers at whose stage a query is read right (q,)."""
+    return torch.stack([each[view][stage] for each in others]).mean(0)
 
 
-def rise(hits: list[dict[str, Tensor]], ends: list[str], seed: int) -> dict:
+def rise(hits: dict, others: list[dict], view: str, ends: list[str], seed: int) -> dict:
     """Of 10-NN over the untrained readers' mean: from the input map to the last block, and what the
-    last half of the blocks has of it less what the first half has. hits: as in `token_flow`, of the
-    trained reader first."""
-    trained, *others = hits
-    gains = [trained[stage] - sum(each[stage] for each in others) / len(others) for stage in ends]
+    last half of the blocks has of it less what the first half has."""
+    gains = torch.stack([hits[view][stage] - mean_hits(others, view, stage) for stage in ends], 1)
 
     def late_less_early(m):
         return m[..., 3] - m[..., 2] - (m[..., 1] - m[..., 0])
 
-    return {"rise": bootstrap(gains[3] - gains[0], seed=seed),
-            "late_less_early": bootstrap(torch.stack(gains, 1), late_less_early, seed)}
+    return {"rise": bootstrap(gains[:, 3] - gains[:, 0], seed=seed),
+            "late_less_early": bootstrap(gains, late_less_early, seed)}
 
 
 def flow_table(result: dict) -> str:
     keys = {"10-NN %": "pooled_knn10", "untrained": "untrained_pooled_knn10",
             "all 10-NN": "flattened_knn10", "untrained ": "untrained_flattened_knn10",
-            "linear %": "pooled_linear", "lens %": "logit_lens", "purity": "purity"}
-    rows = []
-    for row in result["rows"]:
-        auroc_ = f"{row['auroc'][0]:.2f}" if row["auroc"] else ""
-        rows.append([row["stage"], *(cell(row, key) for key in keys.values()), auroc_])
-    last = result["rows"][-1]
-    return (table(["stage", *keys, "AUROC"], rows) + "\nof the mean over tokens; all: all tokens "
-            f"flattened; untrained: mean of {result['untrained']} readers; lens: the head applied "
-            f"early; AUROC: does purity tell right from wrong; bank {result['bank']}, test "
-            f"{result['test']} images\nlast stage, 10-NN with a bank of {result['half']}: training "
-            f"images {percent(last['seen_knn10'])}%, never seen {percent(last['unseen_knn10'])}%")
-
-
-# Knock-outs
-
-def fixed_map(attention, weights: Tensor):
-    """Attention with a fixed map (heads, T, T) in place of its own."""
-    def forward(x):
-        v = weights @ attention.heads(x)[2]                        # (N, heads, T, head_dim)
-        return attention.layer_scale * attention.out(v.transpose(1, 2).flatten(2))
-    return forward
-
-
-def fixed_output(output: Tensor):
-    """The same output (T, width) for every image."""
-    return lambda x: output
-
-
-def attention_map(attention, x: Tensor) -> Tensor:
-    """The attention weights (N, heads, T, T) at x (N, T, width)."""
-    q, k, _ = attention.heads(x)
-    return (q @ k.mT / math.sqrt(attention.head_dim)).softmax(-1)
-
-
-@torch.no_grad()
-def substitutes(reader, tokens: Tensor, seed: int) -> dict[str, dict]:
-    """{what it is: {number of a sub-block: what takes its place}}, from reference tokens: means
-    over all of them, attention maps over 512."""
-    blocks = reader.blocks
-    means, maps = [0.0] * len(blocks), [0.0] * len(blocks)
-    drawn = torch.randperm(len(tokens), generator=generator("maps", seed))[:512].sort().values
-    for part in tokens.split(64):
-        states = [x for _, x in reader.trace(part)[1]]
-        for b, block in enumerate(blocks):
-            means[b] = means[b] + block(states[b]).sum(0) / len(tokens)            # (T, width)
-    for part in tokens[drawn.to(tokens.device)].split(64):
-        states = [x for _, x in reader.trace(part)[1]]
-        for b in range(0, len(blocks), 2):
-            maps[b] = maps[b] + attention_map(blocks[b], states[b]).sum(0) / len(drawn)
-    attention, mlp = range(0, len(blocks), 2), range(1, len(blocks), 2)
-    itself = torch.eye(tokens.shape[1], device=tokens.device)      # each token attends to itself
-    return {"attention: its mean": {b: fixed_output(means[b]) for b in attention},
-            "attention: to itself": {b: fixed_map(blocks[b], itself) for b in attention},
-            "attention: mean map": {b: fixed_map(blocks[b], maps[b]) for b in attention},
-            "MLP: its mean": {b: fixed_output(means[b]) for b in mlp}}
+            "never seen": "unseen_knn10", "seen": "seen_knn10", "linear %": "pooled_linear",
+            "lens %": "logit_lens", "purity": "purity"}
+    rows = [[row["stage"], *(cell(row, key) for key in keys.values())] for row in result["rows"]]
+    return (table(["stage", *keys], rows) + "\nof the mean over tokens; all: all tokens flattened; "
+            f"untrained: mean of {result['untrained']} readers; never seen: 10-NN with half of the "
+            "test images as the bank, seen: with as many training images; lens: the head applied "
+            f"early; bank {result['bank']}, test {result['test']} images")
 
 
 @torch.no_grad()
 def knock_outs(reader, tokens: Tensor, labels: Tensor, reference: Tensor, seed=0) -> list[dict]:
-    """Loss of the reader's accuracy with one sub-block replaced, alone or with all later ones of
-    its kind."""
-    cases = []                         # (name, first sub-block, span, {sub-block: substitute})
-    for name, found in substitutes(reader, reference, seed).items():
-        for b in found:
-            later = {at: module for at, module in found.items() if at >= b}
-            cases += [(name, b, "alone", {b: found[b]}), (name, b, "from here on", later)]
+    """Loss of accuracy where all attention, or all MLPs, from a block on add only what they add on
+    the mean of reference tokens."""
+    means = [0.0] * len(reader.blocks)                                     # of each (T, width)
+    for part in reference.split(BLOCK):
+        states = [x for _, x in reader.trace(part)[1]]
+        for b in range(len(means)):
+            means[b] = means[b] + (states[b + 1] - states[b]).sum(0) / len(reference)
 
-    right = torch.zeros(len(cases) + 1, len(tokens), dtype=torch.float64)
-    blocks = torch.arange(len(tokens)).split(BLOCK)
-    for rows in tqdm(blocks, "knock-outs", leave=False, disable=None):
-        logits, states = reader.trace(tokens[rows])
-        right[-1, rows] = (logits.argmax(1) == labels[rows]).double().cpu()
-        for i, (_, first, _, replaced) in enumerate(cases):
-            x = states[first][1]                                   # all before it is as it was
-            for b in range(first, len(reader.blocks)):
-                x = x + replaced.get(b, reader.blocks[b])(x)
-            guesses = reader.conclude(x, tokens[rows]).argmax(1)
-            right[i, rows] = (guesses == labels[rows]).double().cpu()
-    return [{"replaced": name, "block": b // 2 + 1, "span": where,
-             "loss": paired_bootstrap(right[-1], right[i], seed)}
-            for i, (name, b, where, _) in enumerate(cases)]
+    def right_without(kind: int, first: int) -> Tensor:
+        def read(block):
+            x = reader.input_map(block)
+            for b, sub_block in enumerate(reader.blocks):
+                x = x + (means[b] if b % 2 == kind and b // 2 >= first else sub_block(x))
+            return reader.conclude(x, block)
+        return (by_blocks(read, tokens).argmax(1) == labels).double()
+
+    depth = len(reader.blocks) // 2
+    right = right_without(0, depth)                                        # nothing is left out
+    return [{"replaced": name, "block": first + 1,
+             "loss": paired_bootstrap(right, right_without(kind, first), seed)}
+            for kind, name in enumerate(("attention", "MLP")) for first in range(depth)]
 
 
 def knock_out_table(found: list[dict]) -> str:
     blocks = sorted({row["block"] for row in found})
-    losses = {(row["replaced"], row["span"], row["block"]): row["loss"][0] for row in found}
-    rows = [[f"{name}, {where}", *(f"{100 * losses[name, where, b]:+.1f}" for b in blocks)]
-            for name, where in dict.fromkeys((row["replaced"], row["span"]) for row in found)]
-    return table(["loss of accuracy, points; block", *map(str, blocks)], rows)
+    rows = [[f"all {name} replaced",
+             *(f"{100 * row['loss'][0]:+.1f}" for row in found if row["replaced"] == name)]
+            for name in ("attention", "MLP")]
+    return table(["loss of accuracy, points; from block", *map(str, blocks)], rows)
 
 
 # ---- Learning curve: not among the default experiments -------------------------------------------
@@ -550,22 +430,21 @@ def run_clustering(case: Case) -> dict:
 
 def run_token_flow(case: Case) -> dict:
     """And knock-outs, as far as the model has a reader."""
-    reader, tokens, untrained = case.model.reader, case.queries.tokens, []
+    reader, queries, device = case.model.reader, case.queries, case.guesses.device
     bank = case.bank.take(sample(case.bank.labels, WALKED))
-    largest = max(x.numel() for _, x in case.model.trace(tokens[:1])[1])
-    room = 4 * largest * len(tokens) * 4               # bytes: four stages whole
-    if reader is None:
-        return token_flow(case.model.trace, [], bank, case.queries, None,
-                          2 * room < free_memory(tokens.device), seed=case.seed)
-    for i in range(UNTRAINED):
+    largest = max(x.numel() for _, x in case.model.trace(queries.tokens[:1])[1])
+    held = 5 * 4 * largest * (len(bank.labels) + len(queries.labels))  # bytes of four whole states
+    untrained = []
+    for i in range(UNTRAINED if reader is not None else 0):
         with seeded("reader", case.recipe.seed, i):
-            other = type(reader)(*reader.arguments).to(tokens.device).requires_grad_(False)
+            other = type(reader)(*reader.arguments).to(device).requires_grad_(False)
         untrained.append(other.trace)
-    result = token_flow(case.model.trace, untrained, bank, case.queries, reader,
-                        2 * room < free_memory(tokens.device), seed=case.seed)
-    asked = case.queries.take(sample(case.queries.labels, KNOCKED))
-    result["knock_outs"] = knock_outs(reader, asked.tokens, asked.labels, case.reference.tokens,
-                                      case.seed)
+    result = token_flow(case.model.trace, untrained, bank, queries, reader,
+                        held < free_memory(device), seed=case.seed)
+    if reader is not None:
+        asked = queries.take(sample(queries.labels, KNOCKED))
+        result["knock_outs"] = knock_outs(reader, asked.tokens, asked.labels, case.reference.tokens,
+                                          case.seed)
     return result
 
 
@@ -634,11 +513,10 @@ def open_checkpoint(path: str, flags, device) -> Opened:
         changed["data_root"] = flags.data_root
     args = argparse.Namespace(**saved["args"] | changed)
     images, test = load_dataset(args, device)
-    bank = images
-    if flags.samples and flags.samples > len(images):
-        raise InputError(f"--samples {flags.samples}: {path} has {len(images)} training images")
-    if flags.samples:
-        bank = images.take(sample(images.labels, flags.samples))
+    count = flags.samples or len(images)
+    if count > len(images):
+        raise InputError(f"--samples {count}: {path} has {len(images)} training images")
+    bank = images.take(sample(images.labels, count)) if count < len(images) else images
     if (test.channels, list(test.classes)) != (saved["data"][0], list(saved["data"][1])):
         raise InputError(f"--dataset {args.dataset}: other channels or classes than {path} has")
     if min(len(bank), len(test)) < 24 or min(len(x.labels.unique()) for x in (bank, test)) < 2:
@@ -671,9 +549,7 @@ def diagnose(path: str, opened: Opened, flags, device, write) -> dict:
     if not torch.isfinite(logits).all():
         raise InputError(f"{path}: its fits or predictions are not finite")
     guesses, recipe = logits.argmax(-1), argparse.Namespace(**RECIPE | saved["args"])
-    right, missing, done = int((guesses == queries.labels).sum()), left_out(model), {}
-    if recipe.steps_test not in (None, recipe.steps):
-        missing["--steps-test"] = f"all is fitted with {recipe.steps} steps, as in training"
+    right, missing, done = int((guesses == queries.labels).sum()), left_out(model, recipe), {}
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
               "command": command_line(argparse.Namespace(**saved["args"]),
                                       METHODS[saved["method"]]),
@@ -691,7 +567,7 @@ def diagnose(path: str, opened: Opened, flags, device, write) -> dict:
     return report
 
 
-def left_out(model) -> dict[str, str]:
+def left_out(model, recipe) -> dict[str, str]:
     """What this model has nothing for: {what: why}."""
     missing = {}
     if getattr(model.reader, "takes_colour", False):
@@ -702,6 +578,8 @@ def left_out(model) -> dict[str, str]:
         missing["bias-route"] = "this method's tokens have no bias column"
     if not model.parts():
         missing["content"] = "this method names no parts of a token"
+    if recipe.steps_test not in (None, recipe.steps):
+        missing["--steps-test"] = f"all is fitted with {recipe.steps} steps, as in training"
     return missing
 
 
@@ -716,7 +594,6 @@ def present(folder: Path, model: dict) -> str:
             text.append(to_text(result))
             if "knock_outs" in result:
                 text.append(knock_out_table(result["knock_outs"]))
-    (folder / "summary.png").unlink(missing_ok=True)
     figures.summary_figure(folder / "summary.png", model)
     text += [f"left out: {line}" for line in model["left_out"]]
     return claims.fold("\n\n".join([*text, "\n".join(model["summary"])]))
@@ -732,10 +609,9 @@ def save(path: Path, report: dict):
 def make_folders(out: Path, paths: list[str]) -> list[Path]:
     """Where each checkpoint's report goes. InputError: a folder that cannot be made."""
     names = [Path(path).stem for path in paths]
-    found = [out]
-    if len(paths) > 1:
-        found = [out / (name if names.count(name) == 1 else f"{name}-{i + 1}")
-                 for i, name in enumerate(names)]
+    found = [out] if len(paths) == 1 else [
+        out / (name if names.count(name) == 1 else f"{name}-{i + 1}")
+        for i, name in enumerate(names)]
     try:
         for folder in [out, *found]:
             folder.mkdir(exist_ok=True)
@@ -746,12 +622,12 @@ def make_folders(out: Path, paths: list[str]) -> list[Path]:
 
 def run(argv: list[str] | None):
     flags = parser().parse_args(argv)
-    device, seen, models = find_device(flags.device), {}, []
+    device, models = find_device(flags.device), []
     opened = [open_checkpoint(path, flags, device) for path in flags.ckpt]     # before any work
-    for path, checkpoint in zip(flags.ckpt, opened):
-        same = seen.setdefault(claims.run_of(checkpoint.saved), path)
-        if same != path or flags.ckpt.count(path) > 1:
-            raise InputError(f"--ckpt: {same} and {path} are the same run")
+    runs = [claims.run_of(each.saved) for each in opened]
+    for path, same in zip(flags.ckpt, runs):
+        if runs.count(same) > 1:
+            raise InputError(f"--ckpt: {path} and another one are the same run")
     out = Path(flags.out or str(Path(flags.ckpt[0]).with_suffix("")) + "-diagnostics")
     command = ["python", "diagnostics.py", *(sys.argv[1:] if argv is None else argv)]
     about = environment(device) | {"command": shlex.join(command), "flags": vars(flags)}

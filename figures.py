@@ -227,25 +227,19 @@ def accuracy_by_stage(axis, result: dict, view: str):
     label(axis, title, "stage", accuracy(result), view == "pooled")
 
 
-def purity_tells(axis, result: dict):
-    curves(axis, [("", row["stage"], row["auroc"]) for row in result["rows"] if row["auroc"]])
-    label(axis, "Does the purity of an image's neighbours\ntell whether it is read right?",
-          "stage", "AUROC of the mean token (0.5: chance; bars: 95%)")
-
-
 def banks_by_stage(axis, result: dict):
     lines(axis, result["rows"], [("seen_knn10", "C0o-", "images seen in training"),
-                                 ("unseen_knn10", "C1s--", "images never seen")])
-    label(axis, f"10-NN on the mean token against {result['half']} images", "stage",
-          "accuracy on half of the test images (%)", True)
+                                 ("unseen_knn10", "C1s--", "as many images never seen")])
+    label(axis, "10-NN on the mean token: does it matter\nthat the reader was trained on the bank?",
+          "stage", "accuracy on half of the test images (%)", True)
 
 
-def knocked_out(axis, result: dict, where: str):
-    curves(axis, [(row["replaced"], row["block"], row["loss"]) for row in result["knock_outs"]
-                  if row["span"] == where], 100)
+def knocked_out(axis, result: dict):
+    curves(axis, [(f"all {row['replaced']}", row["block"], row["loss"])
+                  for row in result["knock_outs"]], 100)
     axis.axhline(0, color="black", linewidth=0.8)
-    blocks = "one block" if where == "alone" else "this block and all later"
-    label(axis, f"Attention or MLP replaced in {blocks}", "block", LOSS, True)
+    label(axis, "From a block on, attention or MLPs add only their mean", "first such block", LOSS,
+          True)
 
 
 def exchanged(axis, result: dict, groups: tuple):
@@ -279,17 +273,16 @@ def cut_to_rank(axis, result: dict):
 
 
 def facts_of_parts(axis, told: dict):
-    """R^2 of each fact from four components of each part, or from as many as there are."""
-    tables = [found.get("4") or list(found.values())[-1] for found in told.values()]
-    facts = list(tables[0])
-    r2 = np.array([[table[fact] for table in tables] for fact in facts], dtype=float)
+    """R^2 of each fact from four components of each part."""
+    facts = list(next(iter(told.values())))
+    r2 = np.array([[found[fact] for found in told.values()] for fact in facts], dtype=float)
     axis.imshow(r2.clip(0, 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(r2):
         axis.text(j, i, "none" if math.isnan(value) else f"{value:.2f}", ha="center", va="center",
                   fontsize=8, color="white" if value > 0.6 else "black")
     axis.set_title("What does a part carry? R² on test images, 4 components of it", fontsize=10)
     axis.tick_params(labelsize=8)
-    axis.set_xticks(range(len(tables)), [textwrap.fill(name, 13) for name in told])
+    axis.set_xticks(range(len(told)), [textwrap.fill(name, 13) for name in told])
     axis.set_yticks(range(len(facts)), facts)
 
 
@@ -318,12 +311,9 @@ def clustering_figure(path: Path, result: dict):
 def flow_figure(path: Path, result: dict):
     views = [view for view in ("pooled", "flattened")
              if any(f"{view}_knn10" in row for row in result["rows"])]
-    draws = [(accuracy_by_stage, result, view) for view in views]
-    if any(row["auroc"] for row in result["rows"]):
-        draws.append((purity_tells, result))
-    draws.append((banks_by_stage, result))
-    if result.get("knock_outs"):
-        draws += [(knocked_out, result, where) for where in ("alone", "from here on")]
+    draws = [(accuracy_by_stage, result, view) for view in views] + [(banks_by_stage, result)]
+    if "knock_outs" in result:
+        draws.append((knocked_out, result))
     panels(draws).savefig(path)
 
 
@@ -375,9 +365,9 @@ def models_figure(path: Path, result: dict):
     architectures = [each["architecture"] for each in result["points"]]
     most = max(architectures, key=architectures.count)
     purity_points(axes[0], [
-        (each["label"], (each["purity"], None), (each["reader"], None),
+        (each["label"], (each["evidence"]["purity"][0], None), (each["evidence"]["R"][0], None),
          each["architecture"] == most)
-        for each in result["points"] if "purity" in each])
+        for each in result["points"] if "purity" in each["evidence"]])
     label(axes[0], "A point is a model; hollow: another architecture", PURITY,
           "reader accuracy (%)")
     if axes[0].containers:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import claims
 from checkpoint import generator
 from claims import percent, span, table
 from data import stratified_sample
@@ -32,11 +31,10 @@ def by_blocks(f, x: Tensor) -> Tensor:
 
 # ---- Bias route (claim C3) -----------------------------------------------------------------------
 #
-# Is the bias column of the tokens a route of its own? It is replaced in every token: by nothing, by
-# its mean, by another image's, entry by entry by other images' (the same marginal distribution), by
-# Gaussian noise of its mean and variance, by its negative, by an image's of the same or of another
-# class; it is kept alone; and it is cut to its first principal components. Every loss is of the
-# reader's accuracy on the same test images.
+# Is the bias column of the tokens a route of its own? It is replaced in every token: by its mean,
+# by another image's, of any, of the same or of another class, and entry by entry by other images'
+# (the same marginal distribution); it is kept alone; and it is cut to its first principal
+# components. Every loss is of the reader's accuracy on the same test images.
 #
 # Any part of a token that is exchanged between images costs something, a large part more than a
 # small one. So two controls have the bias column's size, the mean squared change that the exchange
@@ -48,7 +46,7 @@ def by_blocks(f, x: Tensor) -> Tensor:
 # size, the next larger ones stand in: they can support C3, not refute it.
 #
 # Other routes stand beside them, none of them a control, whatever their size: the leading
-# direction, the column of highest energy, the most expensive of 64 single columns.
+# direction, the column of highest energy (the strongest), the most expensive of 64 single columns.
 #
 # A part is a projection of tokens (b, T, D) -> (b, T, D).
 
@@ -69,7 +67,7 @@ def covariance(tokens: Tensor) -> Tensor:
     """Of token features over images, summed over tokens (D, D), float64. Its trace over a set of
     columns is the set's energy."""
     x = (tokens - tokens.mean(0)).flatten(0, 1)
-    return sum((part.mT @ part).double() for part in x.split(1 << 16)) / len(tokens)
+    return (x.mT @ x).double() / len(tokens)
 
 
 def exchange_sizes(tokens: Tensor, embed: Tensor | None) -> Tensor:
@@ -81,42 +79,33 @@ def exchange_sizes(tokens: Tensor, embed: Tensor | None) -> Tensor:
 
 
 def matched_sets(M: Tensor, size: float, allowed: Tensor, count: int, seed=0) -> list[tuple]:
-    """At most `count` distinct sets of the allowed columns whose sum over M is within 10% of size,
-    at random: of all sets of one to three (of 160 columns), and where these are too few, larger
-    ones."""
-    g, found, M = generator("sets", seed), [], M.cpu()
-    allowed = allowed.cpu()[torch.randperm(len(allowed), generator=g)]
-    for m in (1, 2, 3):
-        sets = torch.combinations(allowed[:160], m)                        # (s, m)
-        sums = M[sets[:, :, None], sets[:, None, :]].sum((1, 2))
-        found += [tuple(sorted(s)) for s in sets[(sums / size - 1).abs() < 0.1].tolist()]
-    chosen = [found[i] for i in torch.randperm(len(found), generator=g)[:count].tolist()]
-    for _ in range(5 * count):
-        larger = grown_set(M, size, allowed, g) if len(chosen) < count else None
-        if larger and larger not in chosen:
-            chosen.append(larger)
-    return chosen
+    """At most `count` distinct random sets of the allowed columns whose sum over M is within 10% of
+    size."""
+    g, M, allowed, found = generator("sets", seed), M.cpu(), allowed.cpu(), {}
+    for _ in range(10 * count):
+        columns_ = grown_set(M, size, allowed[torch.randperm(len(allowed), generator=g)])
+        if columns_ and len(found) < count:
+            found[columns_] = True             # a dict keeps the order in which they were found
+    return list(found)
 
 
-def grown_set(M: Tensor, size: float, allowed: Tensor, g) -> tuple | None:
-    """Random columns up to `size`, then exchanged one by one until the size fits; None if it never
-    does."""
-    order = allowed[torch.randperm(len(allowed), generator=g)]
+def grown_set(M: Tensor, size: float, order: Tensor) -> tuple | None:
+    """The first columns of `order` up to `size`; then, while it does not fit, the exchange of one
+    inside for one outside that brings it nearest. None if it never fits."""
     sums = M[order][:, order].cumsum(0).cumsum(1).diagonal()   # of the first 1, 2, ... columns
-    count = int((sums < size).sum()) + 1
-    if count >= len(order):
+    m = int((sums < size).sum()) + 1
+    if m >= len(order):
         return None
-    for _ in range(500):
-        inside = order[:count]
-        off = abs(float(M[inside][:, inside].sum()) / size - 1)
-        if off < 0.1:
+    inside, outside = order[:m].clone(), order[m:].clone()
+    for _ in range(10):
+        total, own, with_set = M[inside][:, inside].sum(), M.diagonal(), M[:, inside].sum(1)
+        if abs(float(total) / size - 1) < 0.1:
             return tuple(sorted(inside.tolist()))
-        i, j = int(torch.randint(count, (), generator=g)), count + int(
-            torch.randint(len(order) - count, (), generator=g))
-        other = order.clone()
-        other[i], other[j] = order[j], order[i]
-        if abs(float(M[other[:count]][:, other[:count]].sum()) / size - 1) < off:
-            order = other
+        leaving = own[inside] - 2 * with_set[inside]                       # (m,)
+        joining = own[outside] + 2 * with_set[outside]
+        sums = total + leaving[:, None] + joining - 2 * M[inside][:, outside]  # of each exchange
+        i, j = divmod(int((sums / size - 1).abs().argmin()), len(outside))
+        inside[i], outside[j] = int(outside[j]), int(inside[i])
     return None
 
 
@@ -142,7 +131,7 @@ def matched_components(tokens: Tensor, bias: Tensor, r: int, size: float, embed)
 
 
 def other_routes(tokens: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bases (D, 1): the leading direction and the column of highest energy, the bias column apart,
+    """Bases (D, 1): the leading direction and the strongest column, the bias column apart,
     and what else the model names."""
     bias, C = parts["bias column"], covariance(tokens)
     others = (bias[:, 0] == 0).nonzero().flatten()
@@ -151,7 +140,7 @@ def other_routes(tokens: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     highest = torch.zeros_like(bias)
     highest[others[C.diagonal()[others].argmax()]] = 1
     named = {name: U for name, U in parts.items() if name != "bias column"}
-    return {"leading direction": leading, "column of highest energy": highest, **named}
+    return {"leading direction": leading, "strongest column": highest, **named}
 
 
 def donors(labels: Tensor, kind: str, *key) -> Tensor:
@@ -170,6 +159,21 @@ def donors(labels: Tensor, kind: str, *key) -> Tensor:
     return result
 
 
+# A change is a function (tokens (b, T, D), their rows (b,)) -> tokens.
+
+def toward(part, target: Tensor):
+    """The part from target (q, T, D), or (T, D), the same for all images."""
+    if target.dim() == 2:
+        return lambda x, rows: x + part(target - x)
+    return lambda x, rows: x + part(target[rows] - x)
+
+
+def exchanged(part, tokens: Tensor, order: Tensor):
+    """The part from the images that `order` (q,) names."""
+    order = order.to(tokens.device)
+    return lambda x, rows: x + part(tokens[order[rows]] - x)
+
+
 @torch.no_grad()
 def predict(read, tokens: Tensor, change=None, rows: Tensor | None = None) -> Tensor:
     """Predictions on the CPU for tokens[rows] as change(tokens, their rows) makes them."""
@@ -181,28 +185,12 @@ def predict(read, tokens: Tensor, change=None, rows: Tensor | None = None) -> Te
     return by_blocks(guess, rows)
 
 
-# A change is a function (tokens (b, T, D), their rows (b,)) -> tokens.
-
-def exchanged(part, tokens: Tensor, order: Tensor):
-    """The part from the images that `order` (q,) names."""
-    order = order.to(tokens.device)
-    return lambda x, rows: x + part(tokens[order[rows]] - x)
-
-
-def toward(part, target):
-    """The part from `target`: tokens (T, D), the same for all images, or a function of rows."""
-    if callable(target):
-        return lambda x, rows: x + part(target(rows) - x)
-    return lambda x, rows: x + part(target - x)
-
-
 class Losses:
     """The loss of accuracy that each change makes, image by image, and a report's rows of them."""
 
     def __init__(self, read, tokens: Tensor, labels: Tensor, seed: int):
         self.read, self.tokens, self.labels, self.seed = read, tokens, labels.cpu(), seed
-        self.guesses = predict(read, tokens)
-        self.right = (self.guesses == self.labels).double()
+        self.right = (predict(read, tokens) == self.labels).double()
         self.rows = []
         self.bar = tqdm(desc="bias route", leave=False, disable=None)
 
@@ -217,38 +205,18 @@ class Losses:
         """A report's row: the mean over changes; the interval is over images and changes. Returns
         the losses (q, changes)."""
         loss = torch.stack([self.of(change) for change in changes], 1)
-        sd = float(loss.mean(0).std()) if len(changes) > 1 else None
-        self.rows.append({"group": group, "name": name, "sd": sd, "repeats": len(changes),
-                          "accuracy": float((self.right[:, None] - loss).mean()),
+        self.rows.append({"group": group, "name": name, "repeats": len(changes),
                           "loss": bootstrap(loss, over_repeats(self.seed), self.seed), **more})
         return loss
 
 
-def replace_bias(losses: Losses, bias: Tensor, reference: Tensor, seed: int, repeats: int):
-    """Every way to replace the bias column but by another image's, which `bias_route` does."""
-    tokens, labels, part = losses.tokens, losses.labels, columns(bias)
-    own, known, mean = tokens @ bias, reference @ bias, reference.mean(0)  # (q, T, 1), (n, T, 1)
-    center, deviation = known.mean(0), known.std(0, correction=0)
-    marginal, noise = [], []
-    for r in range(repeats):
-        g = generator("marginal", r, seed)
-        shuffled = torch.stack([own[torch.randperm(len(own), generator=g).to(own.device), t]
-                                for t in range(own.shape[1])], 1)          # (q, T, 1)
-        draw = torch.randn(own.shape, generator=generator("normal", r, seed)).to(own)
-        for changes, values in ((marginal, shuffled), (noise, center + deviation * draw)):
-            changes.append(toward(part, lambda rows, values=values: values[rows] @ bias.mT))
-
-    def from_class(kind):
-        return [exchanged(part, tokens, donors(labels, kind, r, seed)) for r in range(repeats)]
-
-    losses.add("replaced", "zero", [toward(part, torch.zeros_like(mean))])
-    losses.add("replaced", "its train mean", [toward(part, mean)])
-    losses.add("replaced", "each entry another image's", marginal)
-    losses.add("replaced", "Gaussian, same mean and variance", noise)
-    losses.add("replaced", "its negative", [lambda x, rows: x - 2 * part(x)])
-    losses.add("replaced", "another image's of the same class", from_class("same"))
-    losses.add("replaced", "an image's of another class", from_class("other"))
-    losses.add("kept", "only the bias column", [lambda x, rows: mean + part(x - mean)])
+def shuffled_entries(tokens: Tensor, bias: Tensor, seed: int, repeat: int) -> Tensor:
+    """Tokens (q, T, D) whose bias column has each entry from another image: the same marginal
+    distribution, nothing of how entries go together."""
+    g, own = generator("marginal", repeat, seed), tokens @ bias                # (q, T, 1)
+    shuffled = torch.stack([own[torch.randperm(len(own), generator=g).to(own.device), t]
+                            for t in range(own.shape[1])], 1)
+    return tokens + (shuffled - own) @ bias.mT
 
 
 def cut_bias(losses: Losses, bias: Tensor, reference: Tensor) -> float:
@@ -264,9 +232,8 @@ def cut_bias(losses: Losses, bias: Tensor, reference: Tensor) -> float:
             return x - lost[..., None] @ bias.mT
         return change
 
-    for r in [0] + [2 ** i for i in range(6) if 2 ** i <= len(variances)]:
-        losses.add("rank", f"bias column, rank {r}", [cut(r)], rank=r,
-                   energy=shares[r - 1] if r else 0.0)
+    for r in [2 ** i for i in range(5) if 2 ** i <= len(variances)]:
+        losses.add("rank", f"bias column, rank {r}", [cut(r)], rank=r, energy=shares[r - 1])
     return effective_rank(variances)
 
 
@@ -274,10 +241,11 @@ def matched_controls(reference: Tensor, bias: Tensor, embed, rank: float, seed: 
     """{control: (its parts, their size over the bias column's)}."""
     M = exchange_sizes(reference, embed)
     size, eye = float((bias.double().T @ M @ bias.double())), torch.eye(len(bias)).to(bias)
+    if size <= 0:
+        return {}
     others = (bias[:, 0] == 0).nonzero().flatten()
-    sets = matched_sets(M, size, others, SETS, seed) if size > 0 else []
-    r = max(1, round(rank))
-    bases, ratio = matched_components(reference, bias, r, size, embed) if size > 0 else ([], None)
+    sets = matched_sets(M, size, others, SETS, seed)
+    bases, ratio = matched_components(reference, bias, max(1, round(rank)), size, embed)
     return {"random columns": ([columns(eye[:, list(s)]) for s in sets], 1.0),
             "principal components": ([components(P) for P in bases], ratio)}
 
@@ -288,17 +256,25 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
     names them, embed the input map's weight. Random choices are repeated; a loss's interval is over
     images and repeats."""
     losses, bias = Losses(read, tokens, labels, seed), parts["bias column"]
+    part, mean = columns(bias), reference.mean(0)
     orders = [donors(labels, "any", r, seed) for r in range(repeats)]
 
-    def swaps(part, count):
-        return [exchanged(part, tokens, orders[r % repeats]) for r in range(count)]
+    def from_class(kind):
+        return [exchanged(part, tokens, donors(labels, kind, r, seed)) for r in range(repeats)]
 
-    of_bias = losses.add("replaced", "another image's", swaps(columns(bias), repeats))
-    replace_bias(losses, bias, reference, seed, repeats)
+    of_bias = losses.add("replaced", "another image's",
+                         [exchanged(part, tokens, order) for order in orders])
+    losses.add("replaced", "its train mean", [toward(part, mean)])
+    losses.add("replaced", "each entry another image's",
+               [toward(part, shuffled_entries(tokens, bias, seed, r)) for r in range(repeats)])
+    losses.add("replaced", "another image's of the same class", from_class("same"))
+    losses.add("replaced", "an image's of another class", from_class("other"))
+    losses.add("kept", "only the bias column", [lambda x, rows: mean + part(x - mean)])
     rank, margins, above_sets = cut_bias(losses, bias, reference), {}, None
     for name, (group, size) in matched_controls(reference, bias, embed, rank, seed).items():
         if group:
-            changes = [exchanged(part, tokens, orders[s % repeats]) for s, part in enumerate(group)]
+            changes = [exchanged(control, tokens, orders[s % repeats])
+                       for s, control in enumerate(group)]
             loss = losses.add("control", name, changes)
             # The s-th control against the bias column from the same donors.
             pairs = of_bias[:, torch.arange(len(group)) % repeats] - loss
@@ -307,30 +283,27 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
             if name == "random columns":
                 above_sets = float((loss.mean(0) < of_bias.mean()).double().mean())
     for name, U in other_routes(reference, parts).items():
-        losses.add("route", name, swaps(columns(U), repeats))
+        losses.add("route", name, [exchanged(columns(U), tokens, order) for order in orders])
     single = single_columns(losses, bias, orders[0])
     losses.bar.close()
     return {"rows": losses.rows, "reader": float(losses.right.mean()), "test": len(tokens),
             "classes": int(labels.max()) + 1, "chance": chance(labels),
             "reference": len(reference), "permuted": losses.rows[0]["loss"], "controls": margins,
-            "above_sets": above_sets, "effective_rank": rank, "bias_entries": tokens.shape[1],
-            "single_columns": single}
+            "above_sets": above_sets, "effective_rank": rank, "single_columns": single}
 
 
 def single_columns(losses: Losses, bias: Tensor, order: Tensor) -> dict:
-    """64 other columns, each exchanged alone, on at most 250 images: the most expensive (chosen on
-    one half of the images, measured on the other), and the bias column on the same."""
-    images = stratified_sample(losses.labels, min(250, len(losses.labels)))
+    """64 other columns, each exchanged alone, on a third of the images, at most 250: the most
+    expensive, chosen on one half of them, measured on the other."""
+    images = stratified_sample(losses.labels, min(250, len(losses.labels) // 3))
     eye = torch.eye(len(bias)).to(bias)
-    others = (bias[:, 0] == 0).nonzero().flatten().tolist()
-    picked = torch.linspace(0, len(others) - 1, min(64, len(others))).round().long().tolist()
+    others = (bias[:, 0] == 0).nonzero().flatten()
+    picked = torch.linspace(0, len(others) - 1, min(64, len(others))).round().long()
     loss = torch.stack([losses.of(exchanged(columns(eye[:, j:j + 1]), losses.tokens, order), images)
-                        for j in (others[i] for i in picked)], 1)          # (images, columns)
-    of_bias = losses.of(exchanged(columns(bias), losses.tokens, order), images)
+                        for j in others[picked.to(others.device)].tolist()], 1)    # (images, 64)
     largest, _ = crossed(loss, losses.seed)
-    return {"images": len(images), "columns": loss.shape[1], "bias": float(of_bias.mean()),
-            "largest": bootstrap(largest, seed=losses.seed),
-            "share_below_bias": float((loss.mean(0) < of_bias.mean()).double().mean())}
+    return {"images": len(images), "columns": loss.shape[1],
+            "largest": bootstrap(largest, seed=losses.seed)}
 
 
 def bias_table(result: dict) -> str:
@@ -353,17 +326,13 @@ def bias_table(result: dict) -> str:
 
 # ---- Content: what the route carries -------------------------------------------------------------
 #
-# Two ways to ask. Regression: from a part's first principal components, how well can facts of the
-# image be told (mean of a channel, contrast, coarse layout), fitted on training images and scored
-# on test images; other parts are asked the same. Causal mediation (Pearl 2001; Vig et al. 2020):
-# give each image another's mean colour and fit it again, which costs the reader some accuracy
-# (total effect); then put only one part of the new weights into the old tokens (indirect effect),
-# or the old part back into the new ones (what it restores). A route that carries the colour would
-# have most of the effect; that it tells the colour, by regression, does not say that the reader
-# uses it.
-
-RANKS = (1, 2, 4, 8, 16)
-
+# Two ways to ask. Regression: from a part's first four principal components, how well can facts of
+# the image be told (mean of a channel, contrast, layout), fitted on training images and scored on
+# test images; other parts are asked the same. Causal mediation (Pearl 2001; Vig et al. 2020): give
+# each image another's mean colour and fit it again, which costs the reader some accuracy (total
+# effect); then put only one part of the new weights into the old tokens (indirect effect), or the
+# old part back into the new ones (what it restores). A route that carries the colour would have
+# most of the effect; that it tells the colour, by regression, does not say that the reader uses it.
 
 def image_facts(images: Tensor) -> dict[str, Tensor]:
     """What a low-dimensional route might carry, of images (n, C, size, size): each (n,). Facts that
@@ -373,19 +342,24 @@ def image_facts(images: Tensor) -> dict[str, Tensor]:
         channels, [f"channel {c + 1}" for c in range(channels)])
     facts = {f"mean {colour}": images[:, c].mean((1, 2)) for c, colour in enumerate(colours)}
     grey, edge, half = images.mean(1), size // 4, size // 2
-    facts["contrast"] = grey.std((1, 2), correction=0)
     centre = torch.zeros(size, size, dtype=torch.bool, device=images.device)
     centre[edge:size - edge, edge:size - edge] = True
+    facts["contrast"] = grey.std((1, 2), correction=0)
     facts["centre - surround"] = grey[:, centre].mean(1) - grey[:, ~centre].mean(1)
-    left, right = grey[:, :, :half], grey[:, :, size - half:]
-    facts["left - right"] = left.mean((1, 2)) - right.mean((1, 2))
-    facts["top - bottom"] = grey[:, :half].mean((1, 2)) - grey[:, size - half:].mean((1, 2))
-    place = (torch.arange(size, device=images.device) + 0.5) / size
-    wave = torch.cos(math.pi * torch.arange(3, device=images.device)[:, None] * place).to(grey)
-    for v, u in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0)):                          # DCT-II
-        values = torch.einsum("nyx,y,x->n", grey, wave[v], wave[u]) / size ** 2
-        facts[f"cosine, {v} down {u} across"] = values
+    facts["left - right"] = (grey[:, :, :half] - grey[:, :, size - half:]).mean((1, 2))
+    facts["top - bottom"] = (grey[:, :half] - grey[:, size - half:]).mean((1, 2))
     return {name: values for name, values in facts.items() if not values.isnan().any()}
+
+
+def told(reference, test, U: Tensor) -> dict:
+    """{fact: R^2 on test images} from four components of the part U (D, m); None for a fact that is
+    the same of all."""
+    mean, P, _ = principal((reference.tokens @ U).flatten(1))
+    x, x_test = (((each.tokens @ U).flatten(1) - mean) @ P[:, :4] for each in (reference, test))
+    known, of_test = image_facts(reference.images), image_facts(test.images)
+    r2 = regression(x, torch.stack([*known.values()], 1), x_test,
+                    torch.stack([*of_test.values()], 1)).tolist()
+    return {fact: None if math.isnan(value) else value for fact, value in zip(known, r2)}
 
 
 def mediation(read, fit, test, parts: dict[str, Tensor], kind: str, seed=0) -> dict:
@@ -411,8 +385,7 @@ def mediation(read, fit, test, parts: dict[str, Tensor], kind: str, seed=0) -> d
     result = {"donors": kind, "total": total, "accuracy": float(after.mean()),
               "outside": float((swapped.abs() > 1).double().mean()), "parts": {}}
     for name, U in parts.items():
-        put_in = toward(columns(U), lambda rows: changed[rows])
-        put_back = toward(columns(U), lambda rows: tokens[rows])
+        put_in, put_back = (toward(columns(U), each) for each in (changed, tokens))
         indirect = right - (predict(read, tokens, put_in) == labels).double()
         restored = (predict(read, changed, put_back) == labels).double() - after
         result["parts"][name] = {
@@ -424,31 +397,18 @@ def mediation(read, fit, test, parts: dict[str, Tensor], kind: str, seed=0) -> d
 def content(read, fit, test, reference, parts: dict[str, Tensor], seed=0) -> dict:
     """test, reference: images (n, C, size, size), labels and tokens of test and training images, as
     `diagnostics.Fitted` has them; parts {name: basis (D, m)}: the model's, and other routes."""
-    known, of_test = image_facts(reference.images), image_facts(test.images)
-    y, y_test = (torch.stack(list(facts.values()), 1) for facts in (known, of_test))
-    told = {}                          # {part: {number of components: {fact: R^2}}}
-    for name, U in parts.items():
-        mean, P, _ = principal((reference.tokens @ U).flatten(1))
-        x, x_test = (((each.tokens @ U).flatten(1) - mean) @ P for each in (reference, test))
-        told[name] = {}
-        for r in sorted({min(r, x.shape[1]) for r in RANKS}):
-            r2 = regression(x[:, :r], y, x_test[:, :r], y_test).tolist()
-            told[name][str(r)] = {fact: None if math.isnan(value) else value
-                                  for fact, value in zip(known, r2)}
     first = dict([next(iter(parts.items()))])          # of a same-class donor it is enough
-    mediations = [mediation(read, fit, test, asked, kind, seed)
-                  for kind, asked in (("other", parts), ("same", first))]
-    return {"told": told, "mediation": mediations, "test": len(test.labels),
-            "reference": len(reference.labels)}
+    return {"told": {name: told(reference, test, U) for name, U in parts.items()},
+            "mediation": [mediation(read, fit, test, asked, kind, seed)
+                          for kind, asked in (("other", parts), ("same", first))],
+            "test": len(test.labels), "reference": len(reference.labels)}
 
 
 def content_table(result: dict) -> str:
-    columns_ = {name: claims.at_rank(found, 4) for name, found in result["told"].items()}
-    short = [claims.SHORT.get(name, name) for name in columns_]
-    facts = list(next(iter(columns_.values())))
-    text = [table(["R2 from 4 components of", *short],
-                  [[fact, *("" if r2[fact] is None else f"{r2[fact]:.3f}"
-                            for r2 in columns_.values())] for fact in facts])]
+    parts = result["told"]
+    text = [table(["R2 from 4 components of", *parts],
+                  [[fact, *("" if found[fact] is None else f"{found[fact]:.3f}"
+                            for found in parts.values())] for fact in next(iter(parts.values()))])]
     for m in result["mediation"]:
         rows = [["(total effect)", span(m["total"], 100)]]
         for name, part in m["parts"].items():

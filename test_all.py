@@ -1287,8 +1287,6 @@ def test_coordinate_systems_by_hand():
     deviation[1, 2] = math.inf
     expected = {"pixels": queries.images, "phi - theta": t, "late": t[:, 2:], "bias column": t[..., 4],
                 "standardised per weight": (t - mean) / deviation, "cosine of phi - theta": t,
-                "all but the bias column": t * torch.tensor([1, 1, 1, 1, 0]),
-                "cosine of phi - theta + beta": t + reader.beta,
                 "after the reader's input map": 7 * (t + reader.beta) @ reader.embed.weight.T + reader.embed.bias}
     found = {name: x for name, *x in diagnostics.coordinate_systems(model, bank, queries)}
     assert set(found) == set(expected)
@@ -1314,31 +1312,29 @@ def test_nothing_depends_on_blocks():
             found = diagnostics.fit_all(model.fit, images, "cpu")
         assert torch.equal(found.labels, images.labels) and torch.equal(found.images, images.signal(pixels))
         assert apart([found.tokens], [model.fit(images.signal(pixels))]) < 1e-6
-    bank, queries = torch.randn(150, 6, generator=g), torch.randn(40, 6, generator=g)
-    for size in (1, 4, 11, 64, 150):
-        search = diagnostics.NearestSoFar(queries)
-        for block in bank.split(size):
-            search.update(block)
-        assert torch.equal(search.index, measures.nearest(bank, queries, 10)), size
     x, y = fitted(0, n=90), fitted(1, n=40)
-    trace = lambda tokens: (tokens.sum(1), [("input map", tokens[:, :2].sin())])
+    f = lambda tokens: tokens[:, :2].sin()
+    trace = lambda tokens: (tokens.sum(1), [("input map", f(tokens))])
     with replaced(diagnostics, "BLOCK", 16):
-        walked = diagnostics.walk(trace, x.tokens, y.tokens, ["input map"], "")
-    assert torch.equal(walked.logits, y.tokens.sum(1)) and list(walked.flattened) == ["input map"]
-    for stage, f in (("input tokens", lambda t: t), ("input map", lambda t: t[:, :2].sin())):
-        assert apart([walked.queries[stage], walked.bank[stage]], [f(y.tokens).mean(1), f(x.tokens).mean(1)]) < 1e-6
-    near = measures.nearest(f(x.tokens).flatten(1), f(y.tokens).flatten(1), 10)
-    assert torch.equal(walked.flattened["input map"], near)
-    half, unseen = diagnostics.unseen_bank(walked, x.labels, y.labels)         # of the queries: one half asks the other
-    known = torch.isin(torch.arange(40), diagnostics.sample(y.labels, 20))
+        logits, pooled, whole = diagnostics.walk(trace, y.tokens, ["input map"])
+    assert torch.equal(logits, y.tokens.sum(1)) and torch.equal(whole["input map"], f(y.tokens).flatten(1))
+    assert apart([pooled["input tokens"], pooled["input map"]], [y.tokens.mean(1), f(y.tokens).mean(1)]) < 1e-6
+    unseen = diagnostics.unseen_bank(x.tokens.mean(1), x.labels, y.tokens.mean(1), y.labels)
+    known = torch.isin(torch.arange(40), diagnostics.sample(y.labels, 20))     # one half of the queries asks the other
     means, labels = y.tokens.mean(1), y.labels
     expected = measures.knn_accuracy(means[known], labels[known], means[~known], labels[~known])
-    assert half == 20 and unseen["input tokens"]["unseen_knn10"] == expected
+    assert unseen["unseen_knn10"] == expected != unseen["seen_knn10"]
 
 
 def verdict_of(lines, claim) -> str:
     """Of a claim's sentence the verdict alone."""
     return next(line.split(": ", 1)[1] for line in lines if line.startswith(claim)).split(".")[0]
+
+
+def verdicts(name: str, result: dict) -> dict[str, str]:
+    """Of a report with this experiment alone."""
+    lines = claims.sentences(claims.evidence({"reader": result["reader"], "experiments": {name: result}}))
+    return {line.split(",")[0]: verdict_of([line], "C") for line in lines}
 
 
 def clustering_of(kind, read_right, n=600):
@@ -1363,8 +1359,8 @@ def test_clustering_on_planted_truths():
     for result, geometry, classifier in ((parity, "supported", "supported"), (linear, "supported", "refuted"),
                                          (clusters, "no verdict: ceiling", "no verdict: ceiling"),
                                          (clustering_of("none", 0), "no verdict: floor", "no verdict: floor")):
-        lines = claims.clustering_claims(result)
-        assert verdict_of(lines, "C1a").startswith(geometry) and verdict_of(lines, "C1b").startswith(classifier), lines
+        found = verdicts("clustering", result)
+        assert found["C1a"].startswith(geometry) and found["C1b"].startswith(classifier), found
     assert linear["G"]["accuracy"] < 0.4 < 0.85 < linear["L"]["accuracy"] < 0.96
     assert linear["G"]["pixels"] < 0.4 and linear["L"]["over_pixels"][1] > 0.4
     assert all(clusters["rows"][1][key] > 0.95 for key in ("knn1", "knn10", "nearest_mean", "linear", "mlp"))
@@ -1421,7 +1417,7 @@ def test_token_flow_on_planted_truths():
     view = late["rises"]["pooled"]
     assert abs(view["rise"][0] - (gain[3] - gain[1])) < 1e-9
     assert abs(view["late_less_early"][0] - (gain[3] - gain[2] - (gain[2] - gain[1]))) < 1e-9
-    verdict = lambda found: verdict_of(claims.flow_claims(found), "C2a")
+    verdict = lambda found: verdicts("token-flow", found)["C2a"]
     assert early["rows"][0]["pooled_knn10"] > 0.99 and abs(nothing["rows"][-1]["pooled_knn10"] - 0.25) < 0.1
     assert [verdict(each) for each in (late, early, nothing)] == ["supported", "not decided here", "not decided here"]
     assert verdict(token_flow_of("first")) == "refuted" and verdict(token_flow_of("views")) == "depends on the view"
@@ -1432,9 +1428,9 @@ def test_token_flow_on_planted_truths():
     reader = types.SimpleNamespace(head=head, blocks=[None] * 2)               # two sub-blocks: states "input map" and
     alone = token_flow_of("second", null=False, reader=reader, flattened=False)        # "block 2" end a whole block
     assert alone["ends"][-1] == "block 2" and alone["blocks"] == 1 and "rises" not in alone
-    assert verdict(alone) == "no verdict: there is no untrained reader to compare with"
+    assert verdict(alone) == "no verdict"
     assert alone["rows"][-1]["logit_lens"] > 0.99 > 0.4 > alone["rows"][1]["logit_lens"]
-    assert alone["rows"][-1]["auroc"] is None and "flattened_knn10" not in alone["rows"][-1]
+    assert "flattened_knn10" not in alone["rows"][-1]
 
 
 def test_knock_outs_by_hand():
@@ -1446,34 +1442,16 @@ def test_knock_outs_by_hand():
     labels, blocks = reader(tokens).argmax(1), reader.blocks
     with replaced(diagnostics, "BLOCK", 64):
         found = diagnostics.knock_outs(reader, tokens, labels, known)
-    rows = {(row["replaced"], row["span"], row["block"]): row["loss"][0] for row in found}
-    assert len(rows) == len(found) == 2 * (3 * 2 + 2) and max(rows.values()) > 0.1
-    states, mine = ([x for _, x in reader.trace(x)[1]] for x in (known, tokens))
+    rows = {(row["replaced"], row["block"]): row["loss"][0] for row in found}
+    assert len(rows) == len(found) == 4 and max(rows.values()) > 0.1
+    states = [x for _, x in reader.trace(known)[1]]
     mean = [block(x).mean(0) for block, x in zip(blocks, states)]
-
-    def same(name, span, number, x, start=4):
-        """The loss is that of going on from x with block number `start`."""
-        for block in blocks[start:]:
-            x = x + block(x)
-        loss = float((reader.head(x.mean(1)).argmax(1) != labels).double().mean())
-        assert abs(rows[name, span, number] - loss) < 1e-9, (name, span, number)
-
-    same("MLP: its mean", "alone", 2, mine[3] + mean[3])
-    same("attention: its mean", "alone", 1, mine[0] + mean[0], 1)
-    x = mine[0] + mean[0]
-    x = x + blocks[1](x)
-    same("attention: its mean", "from here on", 1, x + mean[2], 3)                     # attention 2 too, not the MLP
-    x = mine[1] + mean[1]
-    same("MLP: its mean", "from here on", 1, x + blocks[2](x) + mean[3])
-    attention, x = blocks[2], mine[2]
-
-    def mapped(A, x):
-        v = attention.qkv(attention.norm(x))[..., 16:].unflatten(-1, (2, 4)).transpose(1, 2)
-        return attention.layer_scale * attention.out((A @ v).transpose(1, 2).flatten(2))
-    A = diagnostics.attention_map(attention, states[2])
-    assert apart([A.sum(-1), mapped(A, states[2])], [torch.ones(70, 2, 6), attention(states[2])]) < 1e-5
-    same("attention: to itself", "alone", 2, x + mapped(torch.eye(6), x), 3)
-    same("attention: mean map", "alone", 2, x + mapped(A.mean(0), x), 3)
+    for (name, first), loss in rows.items():
+        x = reader.input_map(tokens)
+        for b, block in enumerate(blocks):
+            knocked = (b in (0, 2) if name == "attention" else b in (1, 3)) and b // 2 + 1 >= first
+            x = x + (mean[b] if knocked else block(x))
+        assert abs(loss - float((reader.head(x.mean(1)).argmax(1) != labels).double().mean())) < 1e-9, (name, first)
 
 
 # ---- routes.py: planted truths ---------------------------------------------------------------------------------------
@@ -1519,19 +1497,19 @@ def bias_route_of(where, n=600, tokens=12, width=24):
     parts = {"bias column": eye[:, -1:], "first": eye[:, :1]}
     result = routes.bias_route(read, x[n:], labels[n:], x[:n], parts, repeats=3, embed=eye)
     loss = {row["name"]: row["loss"][0] for row in result["rows"]}
-    return result, loss, verdict_of(claims.route_claims(result), "C3")
+    return result, loss, verdicts("bias-route", result)["C3"]
 
 
 def test_bias_route_on_planted_truths():
     bias, loss, verdict = bias_route_of("bias")
     assert bias["reader"] > 0.95 and verdict == "supported" and bias["above_sets"] == 1
-    assert min(loss[key] for key in ("another image's", "zero", "its train mean", "an image's of another class")) > 0.5
+    assert min(loss[key] for key in ("another image's", "its train mean", "an image's of another class")) > 0.5
     assert abs(loss["only the bias column"]) < 0.02 and abs(loss["another image's of the same class"]) < 0.02
     assert all(abs(row["loss"][0]) < 0.02 for row in bias["rows"] if row["group"] in ("control", "route"))
-    assert bias["controls"]["random columns"]["number"] == 15 and bias["single_columns"]["share_below_bias"] == 1
+    assert bias["controls"]["random columns"]["number"] == 15 and bias["single_columns"]["largest"][0] < 0.02
     ranks = {row["rank"]: row for row in bias["rows"] if row["group"] == "rank"}
-    assert ranks[0]["loss"][0] > 0.5 and abs(ranks[4]["loss"][0]) < 0.03 and list(ranks) == [0, 1, 2, 4, 8]
-    assert ranks[0]["energy"] == 0 < ranks[4]["energy"] < ranks[8]["energy"] < 1
+    assert ranks[1]["loss"][0] > 0.2 and abs(ranks[4]["loss"][0]) < 0.03 and list(ranks) == [1, 2, 4, 8]
+    assert 0 < ranks[1]["energy"] < ranks[4]["energy"] < ranks[8]["energy"] < 1
     for where, sign in (("share", 0), ("less", -1)):
         result, loss, verdict = bias_route_of(where)
         margin = result["controls"]["random columns"]["margin"]
@@ -1544,8 +1522,7 @@ def test_bias_route_on_planted_truths():
     assert margins["random columns"][1] > 0.2 and abs(margins["principal components"][0]) < 0.05
     joint, loss, verdict = bias_route_of("joint")      # all of it is in how two entries go together
     assert joint["reader"] == 1 and verdict == "supported"
-    assert min(loss["each entry another image's"], loss["Gaussian, same mean and variance"]) > 0.4
-    assert loss["another image's of the same class"] == 0 and loss["its negative"] == 0
+    assert loss["each entry another image's"] > 0.4 and loss["another image's of the same class"] == 0
     nothing, _, verdict = bias_route_of("nowhere")
     assert abs(nothing["reader"] - 0.25) < 0.08 and verdict.startswith("no verdict: floor")
 
@@ -1583,7 +1560,7 @@ def test_controls_have_the_size_of_the_bias_column():
     _, larger = routes.matched_components(x, bias, 59, of_bias / 8, W)         # of so many none is that small
     assert larger > 1.1 and routes.matched_components(x, bias, 2, 1e9, W) == ([], None)
     named = routes.other_routes(x, {"bias column": bias, "two": eye[:, 2:4]})
-    assert named["column of highest energy"].argmax() == 11 and torch.equal(named["two"], eye[:, 2:4])
+    assert named["strongest column"].argmax() == 11 and torch.equal(named["two"], eye[:, 2:4])
     energy = lambda U: float(((x - x.mean(0)) @ U).square().sum())
     assert named["leading direction"][-1] == 0
     assert energy(named["leading direction"]) >= max(energy(eye[:, j:j + 1]) for j in range(12)) * (1 - 1e-6)
@@ -1604,7 +1581,7 @@ def test_content_on_planted_truths():
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (500,), generator=g)
     images = 0.25 * torch.randn(500, 3, 6, 6, generator=g) + 0.6 * (F.one_hot(labels, 3) - 0.5)[:, :, None, None]
-    for column, name in ((-1, "bias column"), (2, "column of highest energy")):
+    for column, name in ((-1, "bias column"), (2, "strongest column")):
         def fit(x):                # pixels, which the class is not in once the mean is out; and the mean, in one column
             tokens = x.flatten(2)[:, :, :9] - x.mean((2, 3))[:, :, None]
             tokens[:, :, column] = x.mean((2, 3))
@@ -1621,8 +1598,8 @@ def test_content_on_planted_truths():
         assert same["parts"]["bias column"]["share"] is None
         assert abs(part["bias column"]["share"][0] - expected) < 0.05
         assert abs(part["bias column"]["share_restored"][0] - expected) < 0.05
-        assert abs(part["column of highest energy"]["share"][0] - (1 - expected)) < 0.05
-        r2 = claims.at_rank(result["told"][name], 4)
+        assert abs(part["strongest column"]["share"][0] - (1 - expected)) < 0.05
+        r2 = result["told"][name]
         assert all(r2[f"mean {c}"] > 0.999 for c in ("red", "green", "blue")) and r2["contrast"] < 0.5
     with replaced(routes, "donors", lambda labels, *key: torch.arange(len(labels))):       # each its own: no effect
         assert routes.mediation(read, fit, test, parts, "other")["total"] == (0, 0, 0)
@@ -1785,6 +1762,7 @@ def test_comparison_across_models():
         result = claims.across(reports)
     assert result["models"] == 18 and result["settings"] == 6 and len(result["seeds"]) == 6
     row = result["seeds"][1]
+    assert result["points"][3]["evidence"]["R - G"] == about(0.11)
     assert row["n"] == 3 and np.allclose(row["R - G"], measures.t_interval([0.11, 0.111, 0.112]))
     for claim, expected in (("C1a", "supported"), ("C1b", "supported"), ("C2a", "supported"), ("C3", "supported")):
         found = [line for line in result["verdicts"] if line.startswith(claim)]
@@ -1855,7 +1833,7 @@ def test_diagnostics_command():
         rows = {row["coordinate"]: row for row in clusters["rows"]}
         assert report["bank"] == 80 and rows["bias column"]["d"] == 16 and rows["phi - theta"]["d"] == 8 * 3 + 16 * 9
         assert "mlp" in rows["phi - theta"] and not report["whole_bank"] and "80 training images only" in out
-        assert len(done["token-flow"]["rows"]) == 4 and len(done["token-flow"]["knock_outs"]) == 8
+        assert len(done["token-flow"]["rows"]) == 4 and len(done["token-flow"]["knock_outs"]) == 2
         assert report["method"] == "mwt" and "--fraction=0.5" in report["command"] and set(done) == set(FILES)
         no_row_is_folded(done)
         model, args = checkpoint.load_checkpoint("out.pt")
@@ -1914,7 +1892,7 @@ def test_diagnostics_refuses():
         before = sorted(Path().rglob("*"))
         for argv, *words in (
                 (["gone.pt"], "gone.pt"), (["out.pt", "short.pt"], "short.pt", "truncated"), ([], "--ckpt"),
-                (["out.pt", "out.pt"], "out.pt and out.pt are the same run"), (["out.pt", "copy.pt"], "same run"),
+                (["out.pt", "copy.pt"], "out.pt", "the same run"),
                 (["small.pt"], "20 test images", "at least 24"), (["out.pt", "--samples", 3], "--samples", "24"),
                 (["out.pt", "--samples", 161], "--samples 161", "160 training images"),
                 (["out.pt", "--dataset", "nowhere"], "nowhere"), (["out.pt", "--only", "magic"], "--only", "magic"),
@@ -2026,7 +2004,7 @@ def test_a_method_that_is_no_mwt():
         assert set(done) == set(FILES) and names_in("full") == {*FILES.values(), "summary.png", "report.json"}
         rows = {row["coordinate"]: row["d"] for row in done["clustering"]["rows"]}
         assert rows["first strip"] == 7 and rows["phi - theta"] == 28 and rows["after the reader's input map"] == 32
-        assert len(done["token-flow"]["knock_outs"]) == 16 and "\nC3, " in out
+        assert len(done["token-flow"]["knock_outs"]) == 4 and "\nC3, " in out
         assert "planted.py" in report["command"] and "--knots=5" in report["command"]
 
         bare = planted.Bare({}, 10)
@@ -2035,7 +2013,8 @@ def test_a_method_that_is_no_mwt():
         out, report = diagnosed("bare.pt", "--out", "bare"), report_in("bare")["model"]
         titles = ["untrained reader, logit lens, knock-outs", "bias-route", "content"]
         assert [line.split(":")[0] for line in report["left_out"]] == titles and report["reader"] > 0.6
-        assert all(f"\nleft out: {line}\n" in out for line in report["left_out"]) and "C2a: no verdict" in out
+        assert all(f"\nleft out: {line}\n" in out for line in report["left_out"])
+        assert "\nC2a, classes come apart late: no verdict. There is" in out
         assert set(report["experiments"]) == {"clustering", "token-flow"} and "\nC3, " not in out
         assert names_in("bare") == {"report.json", "summary.png", "clustering.png", "token_flow.png"}
         diagnosed("bare.pt", "--only", "content", "--out", "nothing")
@@ -2050,7 +2029,7 @@ def test_a_method_that_is_no_mwt():
 
 
 def test_models_that_are_always_right_or_wrong():
-    """No AUROC, no spread of a class, a bias column that never changes, images that are all the same."""
+    """No spread of a class, a bias column that never changes, images that are all the same."""
     labels, column = torch.arange(60) % 2, torch.arange(8)
     light = (4 * labels + 6)[:, None, None].expand(60, 8, 8)
     stripes = 16 * (column // (1 + labels[:, None, None]) % 2).expand(60, 8, 8)        # a row's mean is 0
@@ -2069,7 +2048,6 @@ def test_models_that_are_always_right_or_wrong():
             done = report["experiments"]
             assert report["reader"] == accuracy and set(done) == set(FILES)
             no_row_is_folded(done)
-            assert accuracy == 0.5 or all(row["auroc"] is None for row in done["token-flow"]["rows"])
             assert done["clustering"]["rows"][0]["fisher"] == fisher
 
 
