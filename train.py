@@ -344,14 +344,14 @@ class Run:
 
     def pause(self):
         """Between steps: saves when it is time, and ends when asked to."""
-        if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
-            self.save()
         if self.caught and RANK == 0:
             self.save()
             way = f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}"
             way = way if self.model.method == "mwt" else "the same command"
             raise Stop(128 + self.caught[0], f"stopped and saved at epoch {self.epoch + 1}, step "
                        f"{self.step}; go on by: {way}" if self.args.out else "stopped")
+        if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
+            self.save()
 
     def end_epoch(self, result: dict):
         """Takes in the evaluation, saves, and says how the epoch went."""
