@@ -49,7 +49,7 @@ FLAGS = {
     "data": [
         ("dataset", str, "digits", "digits, cifar10, mnist, fashion_mnist, or a folder with "
                                    "train/<class>/ and test/<class>/ or val/<class>/"),
-        ("size", whole(2), None, "pixels a side (default: the data set's own; a folder 32)"),
+        ("size", whole(2), None, "pixels a side (default: the data's own; a folder 32)"),
         ("train_size", whole(1), None, "train on so many images, always the same ones"),
         ("test_size", whole(1), None, "evaluate on so many images"),
         ("val", number(0, 0.9), 0.0, "share of the training set to evaluate on, held out"),
@@ -59,7 +59,7 @@ FLAGS = {
         ("depth", whole(1, 64), 4, "hidden layers of the SIREN"),
         ("omega", number(0, above=True), 10.0, "omega, frequency of the first layer"),
         ("steps", whole(1), 6, "k, inner-loop steps"),
-        ("steps_test", whole(1), None, "k in evaluation; other than --steps with --shared-lr only"),
+        ("steps_test", whole(1), None, "k in evaluation, with --shared-lr"),
         ("shared_lr", None, False, "one alpha for all inner steps"),
         ("fraction", number(0, 1, above=True), 1.0, "s, share of the pixels drawn a step"),
         ("reader_depth", whole(0, 1000), 10, "blocks of the reader"),
@@ -67,33 +67,31 @@ FLAGS = {
         ("mlp_ratio", whole(1), 1, "hidden over outer features in the reader's MLP"),
         ("token_scale", number(0), 500.0, "lambda, factor on the tokens; 0: layer norm instead"),
         ("readout", whole(0), 0, "learned queries that gather the tokens; 0: their mean"),
-        ("branch", str, None, "bias, column:N or colour: that column of the tokens, or the "
-                              "mean colour, to the logits past the reader's blocks"),
+        ("branch", str, None, "bias, column:N or colour (the mean): past the blocks to the logits"),
         ("centre_colour", None, False, "remove each image's mean colour before it is fitted")],
     "training": [
         ("w_task", number(0), 0.01, "weight of the class loss for the INR; 0 is WT"),
         ("w_cluster", number(0), 0.0, "weight of a contrastive loss on phi - theta, for the INR"),
-        ("cluster_random", None, None, "that loss with random labels, the same for all of the run"),
+        ("cluster_random", None, None, "that loss with random labels, fixed for the run"),
         ("epochs", epochs, 10, "passes over the training set; 5.5: the last is half a one"),
         ("batch_size", whole(1), 16, "images a step and process"),
         ("lr", number(0, above=True), 1e-4, "peak learning rate of the SIREN and the reader"),
         ("lr_alpha", number(0, above=True), 1e-2, "peak learning rate of alpha, the step sizes"),
         ("weight_decay", number(0), 1e-4, "AdamW's, on every parameter"),
         ("seed", whole(0), 0, "of initial parameters, data order, augmentation and pixels"),
-        ("init_from", str, None, "checkpoint whose SIREN and alpha are taken; the reader is new"),
+        ("init_from", str, None, "checkpoint to take SIREN and alpha from"),
         ("freeze_siren", None, False, "train the reader only; with --init-from this is WT-seq"),
-        ("precision", ("float32", "tf32", "bf16"), "float32",
-         "of matrix products; bf16: the reader in bfloat16, else TF32")],
+        ("precision", ("float32", "tf32", "bf16"), "float32", "bf16: of the reader, else TF32")],
     "run (changes no result)": [
         ("data_root", str, "data", "folder of the downloaded data sets"),
         ("workers", whole(0), min(8, os.cpu_count() or 1), "processes that decode image files"),
         ("out", str, "out.pt", "checkpoint, *.pt; *.json and *.png are written beside it"),
-        ("resume", None, False, "go on with the run saved in --out; its flags need not be given"),
+        ("resume", None, False, "go on with the run in --out, by its flags"),
         ("save_minutes", number(0), 5.0, "minutes between checkpoints, beside one an epoch"),
         ("device", str, "auto", "auto (CUDA if there is one), or a torch device"),
-        ("recompute", None, False, "the backward pass computes the inner steps again: less memory"),
+        ("recompute", None, False, "compute the inner steps again going backward: less memory"),
         ("compile", None, None, "torch.compile the step (default: on CUDA)"),
-        ("eval_only", None, False, "evaluate --ckpt; writes nothing unless --out is given"),
+        ("eval_only", None, False, "evaluate --ckpt; writes only a given --out"),
         ("ckpt", str, None, "checkpoint to evaluate")]}
 RECIPE = {name: default for group in FLAGS.values() for name, _, default, _ in group}
 DIGITS = dict(width=64, depth=2, steps=4, reader_depth=3, head_dim=32, epochs=15, lr=3e-3)
@@ -148,7 +146,8 @@ def command_line(args, program: str = "train") -> str:
     usual = recipe(args.dataset, args.size)
     usual |= {"dataset": "digits", "size": SIZE.get(args.dataset, 32)}
     hidden = {"resume", "compile", "recompute", "workers"}
-    hidden |= set() if program == "train" else {"token_scale"}     # it follows from the tokens
+    if program != "train":
+        hidden.add("token_scale")              # it follows from the tokens
     changed = {key: value for key, value in vars(args).items()
                if value != usual.get(key) and key not in hidden}
     return shlex.join([*LAUNCH.split(), f"{program}.py", *as_flags(changed)])
@@ -201,8 +200,7 @@ def open_run(given: dict) -> tuple[argparse.Namespace, dict | None]:
     """The settings, and the checkpoint to evaluate or to go on with, whose flags then hold."""
     content, saved = None, None
     if ("eval_only" in given) != ("ckpt" in given):
-        raise InputError("--eval-only and --ckpt need each other; to start from a checkpoint's "
-                         "SIREN use --init-from, to go on with a run --resume")
+        raise InputError("--eval-only and --ckpt need each other; see also --init-from, --resume")
     if "eval_only" in given:                   # a new share of --val could have been trained on
         free = FREE | EVALUATED - ({"val"} if given.get("val") else set())
         content = read_run(given["ckpt"], given, free)
@@ -227,8 +225,7 @@ def check_output(args):
     if args.resume or args.eval_only or not out.exists():
         return
     if "progress" in read_checkpoint(out):     # what is no checkpoint is refused there
-        raise InputError(f"--out {out}: holds an unfinished run; go on with it by --resume, or "
-                         "delete it, or choose another")
+        raise InputError(f"--out {out}: an unfinished run; --resume it, delete it or choose another")
     if args.init_from and os.path.samefile(out, args.init_from):
         raise InputError(f"--out {out}: would overwrite --init-from; choose another")
 

@@ -72,8 +72,8 @@ class MWT(nn.Module):
 
     @property
     def block_size(self) -> int:
-        """Images that are fitted at once where no gradient is kept: what a CPU's caches hold."""
-        return max(1, (1 << (12 if self.coords.device.type == "cpu" else 17)) // self.points)
+        """Images fitted at once where no gradient is kept: what a CPU's caches hold."""
+        return max(1, (4096 if self.coords.device.type == "cpu" else 131072) // self.points)
 
     def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
         """Coords (draws, [N,] n, 2) and values (draws, N, n, C) of the pixels that each of k + 1
@@ -221,7 +221,7 @@ def fitted(model: MWT, images, order, steps: int, workers: int):
 
 @torch.no_grad()
 def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambda: None) -> dict:
-    """The `score` of a `data.Images`, shared by all processes; poll() is called in between."""
+    """The `score` of a `data.Images`, by all processes; poll() is called in between."""
     order = torch.arange(len(images))[RANK::WORLD].split(model.block_size)
     steps = steps or model.inner_loop.steps
     right, decibels = sums = torch.zeros(2, len(images), device=model.coords.device)
@@ -518,7 +518,7 @@ def make_model(args, content: dict | None, images, device) -> MWT:
     if content is None and args.init_from:
         start, _ = load_checkpoint(args.init_from, device)
         if start.siren.head.out_features != images.channels:
-            raise InputError(f"--init-from {args.init_from}: made for other channels")
+            raise InputError(f"--init-from {args.init_from}: of images with other channels")
         model.siren.load_state_dict(start.siren.state_dict())
         model.inner_loop.load_state_dict(start.inner_loop.state_dict())
     model.siren.requires_grad_(not args.freeze_siren)
@@ -529,10 +529,10 @@ def make_model(args, content: dict | None, images, device) -> MWT:
 
 def train_model(args, model: MWT, images, test, content) -> dict:
     """On images; where no image's fit ever changes, and memory allows, on fits made once."""
-    device, steps = model.coords.device, args.steps_test or args.steps
+    cpu, steps = model.coords.device.type == "cpu", args.steps_test or args.steps
     changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
     gib = 4 * model.reader.beta.numel() * (len(images) + len(test)) / 2 ** 30
-    if args.freeze_siren and not changes and gib <= (4 if device.type == "cpu" else 16):
+    if args.freeze_siren and not changes and gib <= (4 if cpu else 16):
         fits = fit_once(model, images, args.steps, args.workers)
         test = fit_once(model, test, steps, args.workers)
         return train_on_fits(args, model, model.read, fits, test, facts(images), content)
