@@ -225,7 +225,7 @@ def check_output(args):
     if args.resume or args.eval_only or not out.exists():
         return
     if "progress" in read_checkpoint(out):     # what is no checkpoint is refused there
-        raise InputError(f"--out {out}: an unfinished run; --resume it, delete it or choose another")
+        raise InputError(f"--out {out}: an unfinished run: --resume or delete it, or name another")
     if args.init_from and os.path.samefile(out, args.init_from):
         raise InputError(f"--out {out}: would overwrite --init-from; choose another")
 
