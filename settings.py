@@ -166,14 +166,15 @@ def settings(given: dict, saved: dict | None = None) -> argparse.Namespace:
             read_run(path, given, RECIPE.keys() - taken)
             saved |= {key: core[key] for key in taken}
     args = argparse.Namespace(**(RECIPE | saved | given))
-    columns = [f"column:{i}" for i in range(args.width)]
+    branch, _, column = (args.branch or "bias").partition(":")
+    is_column = branch == "column" and column.isdecimal() and int(column) < args.width
     problems = {
         f"--head-dim {args.head_dim} does not divide --width {args.width}":
             args.width % args.head_dim,
         f"--steps-test {args.steps_test}: other than --steps only with --shared-lr":
             args.steps_test not in (None, args.steps) and not args.shared_lr,
-        f"--branch {args.branch}: neither bias, colour nor column:0 to {columns[-1]}":
-            args.branch not in (None, "bias", "colour", *columns),
+        f"--branch {args.branch}: neither bias, colour nor column:0 to column:{args.width - 1}":
+            args.branch not in (None, "bias", "colour") and not is_column,
         "--cluster-random needs --w-cluster": args.cluster_random and not args.w_cluster,
         "--w-cluster compares the images of a batch: not by torchrun": args.w_cluster and WORLD > 1,
         f"--fraction {args.fraction:g} of {args.size}x{args.size} pixels is less than one":
