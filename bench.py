@@ -10,6 +10,7 @@ Writes its numbers to --out, *.json. Three ways (--no-compile: all eager):
     B  the textbook: autograd through autograd, two backward passes; always eager
     C  inner gradients by torch.func.grad, one backward pass
 """
+import contextlib
 import itertools
 import json
 import math
@@ -77,6 +78,16 @@ def timed(action, count: int, device: torch.device) -> list[float]:
     return times
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device on CUDA, else of the process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(ImportError):     # Windows has no such module
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def measure(args, path: str, parts: bool) -> dict:
     """Times 3 to 20 steps of path A, B or C, in about 20 seconds; and `measure_parts`."""
     device, n = settings.find_device(args.device), args.batch_size
@@ -87,23 +98,25 @@ def measure(args, path: str, parts: bool) -> dict:
         inner = textbook_loss_and_grad if path == "B" else functional_loss_and_grad
         model.siren.loss_and_grad = types.MethodType(inner, model.siren)
     model.inner_loop.recompute = args.recompute and path != "B"
-    groups = train.parameter_groups(model, args)
-    optimizer = train.make_optimizer(groups, args)
+    optimizer = train.make_optimizer(model, args)
 
     g, shape = generator("bench"), (n, channels, args.size, args.size)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=g)
     images = data.Images([], torch.randint(10, (n,), generator=g), pixels).resident(device, 0)
-    prepare, number = train.image_task(args, model, images, None).prepare, itertools.count()
+    rows, number = [torch.arange(n)], itertools.count()
+
+    def prepare():
+        return next(train.image_batches(args, model, images, rows, next(number)))
 
     def step():
-        batch = prepare((images.pixels, images.labels), next(number))
+        batch = prepare()
         if path == "B":
             textbook_backward(model, *batch)
         else:
-            train.backward(forward, groups, *batch)
-        train.update(groups, optimizer)
+            train.backward(forward, optimizer, *batch)
+        train.update(optimizer)
 
-    batch, began = prepare((images.pixels, images.labels), next(number)), time.perf_counter()
+    batch, began = prepare(), time.perf_counter()
     if path != "B" and args.compile is not False:
         forward = train.compiled(model, *batch)
         model.zero_grad()
@@ -111,18 +124,18 @@ def measure(args, path: str, parts: bool) -> dict:
     first = time.perf_counter() - began
     ms = timed(step, max(3, min(20, round(20_000 / timed(step, 1, device)[0]))), device)
     result = {"ms": ms, "images_per_second": 1000 * n / median(ms), "first_step_seconds": first,
-              "peak_memory_bytes": settings.peak_memory(device),
+              "peak_memory_bytes": peak_memory(device),
               "flops": step_flops(args, channels, 10)}
-    return result | (measure_parts(model, groups, batch) if parts else {})
+    return result | (measure_parts(model, optimizer, batch) if parts else {})
 
 
-def measure_parts(model: train.MWT, groups, batch) -> dict:
+def measure_parts(model: train.MWT, optimizer, batch) -> dict:
     """The parts of an eager step, and a large matrix product."""
     device, (coords, values, _) = model.coords.device, batch
     tokens = model.tokens(model.fit_and_error(coords, values)[0]).detach().requires_grad_()
     inner, read, step = (median(timed(action, 5, device)) for action in (
         partial(model.fit_and_error, coords, values), partial(model.read, tokens),
-        partial(train.backward, model, groups, *batch)))
+        partial(train.backward, model, optimizer, *batch)))
     size = 4096 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device)
     product = min(timed(lambda: square @ square, 10, device))
