@@ -752,7 +752,7 @@ def test_random_labels():
     def spy(x, labels, **more):
         seen.append(labels)
         return plain(x, labels, **more)
-    with replaced(train, "supervised_contrastive", spy) as plain:
+    with replaced(sys.modules["model"], "supervised_contrastive", spy) as plain:
         trained(argv)
     images, own = data.load_dataset(flags(argv))[0], {}
     for step, labels in enumerate(seen):       # which images a step sees is the data order's
@@ -2318,7 +2318,7 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings train pixels bench claims routes "
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels bench claims routes "
              "diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
