@@ -34,9 +34,10 @@ from checkpoint import (InputError, exits, generator, model_from, read_checkpoin
 from data import load_dataset
 from measures import (DECAYS, PENALTIES, fit_linear, fit_mlp, fit_probe, knn_predict,
                       nearest_mean_predict, paired_bootstrap, principal, wilson)
+from model import psnr
 from reader import Reader
 from siren import affine, coordinate_grid
-from train import facts, psnr, train_reader
+from train import facts, train_reader
 
 HIDDEN = 256                               # units in each of H's two hidden layers
 BATCH, LR_H, LR_Z = 64, 5e-4, 3e-2         # joint training: Adam, cosine decay to 0
