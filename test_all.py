@@ -1604,8 +1604,8 @@ def test_stopped_pixels_go_on_bit_for_bit():
 
 # ---- hyperinr.py -----------------------------------------------------------------------------------------------------
 
-HYPER = ("--train-size 96 --test-size 40 --width 8 --latent 6 --joint-epochs 3 --reader-depth 1 --head-dim 4 "
-         "--epochs 1 --workers 0").split()
+HYPER = ("--train-size 96 --test-size 40 --width 8 --latent 6 --joint-epochs 3 --reader-depth 1 "
+         "--head-dim 4 --epochs 1 --workers 0").split()
 
 
 def tiny_hyperinr(kind=hyperinr.HyperINR, **changed):
@@ -1740,7 +1740,8 @@ def test_hyperinr_command():
     for name, place in (("z", "z"), ("phi - theta", "weights"), ("bias column", "bias column"), ("pixels", "pixels")):
         assert np.isclose(rows[name], found["class"][place]["10-NN"][0])
     for argv, *words in ((["--latent", 7], "hyperinr.pt", "another"), (["--steps", 2], "--steps"),
-                         (["--test-size", 9, "--out", "few.pt"], "9 test images"), (["--lambda-z", -1], "--lambda-z"), (["--out", "a.png"], "a.png")):
+                         (["--test-size", 9, "--out", "few.pt"], "9 test images"), (["--lambda-z", -1], "--lambda-z"),
+                         (["--out", "a.png"], "a.png")):
         refused([*HYPER, *argv], *words, main=hyperinr.main)
 
 
@@ -2461,8 +2462,8 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr bench claims "
-             "routes diagnostics interventions").split()
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr bench "
+             "claims routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
