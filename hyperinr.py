@@ -7,12 +7,12 @@ Neural Representations through the Implicit Function Theorem", arXiv 2601.23181.
     python diagnostics.py --ckpt hyperinr.pt
 
 H and the z of the training images are trained together. Then H is frozen, and every image is fitted
-by its z alone, from 0. With f the field of the weights H(z), D the numbers in an image X, ' = d/dz:
+by its z alone, from 0: with f the field of the weights H(z), D the numbers in an image X,
 
     z*(X) = argmin L(z, X),    L = |f(H(z)) - X|^2 / D + lambda_z |z|^2
 
-Where L' = 0 and L'' is invertible, z* is smooth near X: dz = -L''^-1 (dL'/dX) dX.
-The same command, given again, goes on from the last finished epoch.
+The theorem's conditions on z* are measured by theorem.py. The same command, given again, goes on
+from the last finished epoch.
 """
 import argparse
 import copy
@@ -24,11 +24,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jvp, vmap
 from tqdm import tqdm
 
 import figures
 import settings
+import theorem
 from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
                         seeded)
 from data import load_dataset
@@ -99,14 +99,26 @@ class HyperINR(nn.Module):
         """Latents (..., l) -> pixels (..., D), in the order of `flat`."""
         return self.field(self.weights(z), self.inputs).flatten(-2)
 
-    def descend(self, z: Tensor, x: Tensor, lambda_z: float) -> Tensor:
-        """z (N, l) after FIT_STEPS of Adam down L, for pixels x (N, D)."""
-        z = z.clone().requires_grad_()
+    def loss(self, z: Tensor, values: Tensor, pixels: Tensor, lambda_z: float) -> tuple:
+        """L (N,) of latents z (N, l), and its first term alone; values (N, P, C) at some pixels."""
+        shown = self.field(self.weights(z), self.inputs[pixels])
+        error = (shown - values[:, pixels]).square().mean((1, 2))
+        return error + lambda_z * z.square().sum(1), error
+
+    def draw(self, g: torch.Generator) -> Tensor:
+        """Numbers of the pixels that a step sees, of all its images."""
+        count = max(1, int(self.args.fraction * len(self.inputs) + 1e-9))
+        return torch.randperm(len(self.inputs), generator=g)[:count].to(self.inputs.device)
+
+    def descend(self, z: Tensor, values: Tensor, lambda_z: float) -> Tensor:
+        """z (N, l) after FIT_STEPS of Adam down L, for values (N, P, C); every image sees the same
+        pixels in the same order."""
+        z, g = z.clone().requires_grad_(), generator("evaluation")
         adam = torch.optim.Adam([z], betas=(0.9, 0.99))
         for step in range(FIT_STEPS):
             set_rate(adam, LR_FIT, step / FIT_STEPS)
             with torch.enable_grad():
-                loss = (self.render(z) - x).square().mean(-1) + lambda_z * z.square().sum(-1)
+                loss, _ = self.loss(z, values, self.draw(g), lambda_z)
                 z.grad, = torch.autograd.grad(loss.sum(), z)
             adam.step()
         return z.detach()
@@ -117,10 +129,11 @@ class HyperINR(nn.Module):
         new = torch.tensor([i for i, key in enumerate(keys) if key not in self.fitted]).long()
         bar = tqdm(new.split(BLOCK), "fitting", leave=False, disable=len(new) <= BLOCK or None)
         for rows in bar:
-            x = flat(images[rows])
-            z = self.descend(x.new_zeros(len(x), self.args.latent), x, self.args.lambda_z)
+            values = images[rows].flatten(2).mT                                # (N, P, C)
+            start = values.new_zeros(len(values), self.args.latent)
+            z = self.descend(start, values, self.args.lambda_z)
             self.fitted |= {keys[i]: each for i, each in zip(rows.tolist(), z)}
-            bar.set_postfix_str(f"PSNR {self.decibels(z, x):.2f} dB")
+            bar.set_postfix_str(f"PSNR {self.decibels(z, values.flatten(1)):.2f} dB")
         return torch.stack([self.fitted[key] for key in keys])
 
     @torch.no_grad()
@@ -194,7 +207,6 @@ def train_jointly(model: HyperINR, images, content: dict | None) -> list[float]:
         psnrs = content["metrics"]["train_psnr"]
         for part, state in zip(parts, content.get("optimizer", [])):
             part.load_state_dict(state)
-    count = max(1, int(args.fraction * len(model.inputs) + 1e-9))
     bar = tqdm(range(len(psnrs), args.joint_epochs), "training", leave=False, disable=None)
     for epoch in bar:
         g, total = generator("order", args.seed, epoch), 0.0
@@ -202,10 +214,9 @@ def train_jointly(model: HyperINR, images, content: dict | None) -> list[float]:
         batches = images.batches(order, device, args.workers)
         for step, (rows, (batch, _)) in enumerate(zip(order, batches)):
             done = (epoch + step / len(order)) / args.joint_epochs
-            pixels = torch.randperm(len(model.inputs), generator=g)[:count].to(device)
-            x, z = images.signal(batch).flatten(2).mT[:, pixels], latents(rows.to(device))
-            error = (model.field(model.weights(z), model.inputs[pixels]) - x).square().mean((1, 2))
-            (error + args.lambda_z * z.square().sum(1)).mean().backward()
+            values = images.signal(batch).flatten(2).mT                        # (N, P, C)
+            loss, error = model.loss(latents(rows.to(device)), values, model.draw(g), args.lambda_z)
+            loss.mean().backward()
             for optimizer, peak in ((adam, LR_H), (adam_z, LR_Z)):
                 set_rate(optimizer, peak, done)
                 optimizer.step()
@@ -224,152 +235,21 @@ def save(model: HyperINR, images, metrics: dict, **unfinished):
         "model": model.state_dict(), "metrics": metrics})
 
 
-# ---- The theorem, measured -----------------------------------------------------------------------
-#
-# On n test images x (n, D), in float64. render: one z (l,) -> its pixels (D,).
+# ---- The theorem ---------------------------------------------------------------------------------
 
-ZERO = 1e-8                # a gradient below is 0; so is an eigenvalue, over the largest
-SAME, ALIKE = 1e-3, 0.02   # same z: over the distance between images; same picture: rms of pixels
-SHARE = 0.95               # of refits must end at the same z
-SIZES = (1e-4, 1e-3, 1e-2, 1e-1)           # |dX| / |X|
-SIZE, ERROR = 1e-3, 0.01   # at this size dz must be predicted up to this share of it
-
-
-def objective(render, lambda_z: float):
-    """The function L of one latent z (l,) and one image x (D,)."""
-    return lambda z, x: (render(z) - x).square().mean() + lambda_z * z.square().sum()
-
-
-def by_image(f, z: Tensor, x: Tensor) -> Tensor:
-    """f(z_i, x_i) of each image i; as many at once as l tangents of them find room."""
-    return vmap(f, chunk_size=max(1, 2 ** 17 // (z.shape[1] * x.shape[1])))(z, x)
-
-
-def newton(loss, z: Tensor, x: Tensor, steps=15) -> Tensor:
-    """z where L' = 0, by damped Newton: along each eigenvector of L'' down by slope / |eigenvalue|;
-    of this the whole, or the half, quarter, ... that first does not raise L."""
-    z, value = z.clone(), vmap(loss)
-    for _ in range(steps):
-        slope = vmap(grad(loss))(z, x)
-        going = slope.norm(dim=1) > ZERO / 1000
-        if not going.any():
-            break
-        at, to, slope = z[going], x[going], slope[going, None]
-        values, basis = torch.linalg.eigh(by_image(hessian(loss), at, to))
-        values = values.abs().clamp_min(ZERO * values.abs().max())[:, None]
-        move = -(slope @ basis / values @ basis.mT)[:, 0]
-        limit = value(at, to) * (1 + 1e-13)                    # rounding is no rise
-        for _ in range(20):
-            if not (rises := value(at + move, to) > limit).any():
-                break
-            move[rises] /= 2
-        z[going] = at + move
-    return z
-
-
-def spread(x: Tensor) -> list[float]:
-    """[median, least, most]"""
-    return [float(each) for each in (x.median(), x.min(), x.max())]
-
-
-def curvature(loss, lambda_z: float, z: Tensor, x: Tensor) -> dict:
-    """L', and the eigenvalues of L'' with and without the 2 lambda_z that the penalty adds."""
-    values = torch.linalg.eigvalsh(by_image(hessian(loss), z, x))              # (n, l), ascending
-    return {"|L'|": spread(vmap(grad(loss))(z, x).norm(dim=1)),
-            "smallest eigenvalue of L''": spread(values[:, 0]),
-            "... without the penalty's share": spread(values[:, 0] - 2 * lambda_z),
-            "largest eigenvalue of L''": spread(values[:, -1]),
-            "condition number of L''": spread(values[:, -1] / values[:, 0].abs().clamp_min(1e-300))}
-
-
-def identifiability(J: Tensor) -> dict:
-    """Of the eigenvalues s of J^T J, J = d pixels / dz (n, D, l). Participation ratio: (sum s)^2 /
-    sum s^2, how many directions of z move the picture."""
-    s = torch.linalg.eigvalsh(J.mT @ J).clamp_min(1e-300).flip(1)              # (n, l), falling
-    return {"rank of J^T J": spread((s > ZERO * s[:, :1]).sum(1).double()),
-            "condition number of J^T J": spread(s[:, 0] / s[:, -1]),
-            "participation ratio of J^T J": spread(s.sum(1).square() / s.square().sum(1)),
-            "spectrum": s.median(0).values.tolist()}
-
-
-def uniqueness(render, z: Tensor, ends: dict) -> dict:
-    """Did fits from elsewhere end at z (n, l), or show the same picture? ends: {start: (n, l)}."""
-    found = {}
-    for start, end in ends.items():
-        distance = (end - z).norm(dim=1) / torch.pdist(z).median()
-        rms = (render(end) - render(z)).square().mean(1).sqrt()
-        found[start] = {"same z": float((distance < SAME).double().mean()),
-                        "same picture": float((rms < ALIKE).double().mean()),
-                        "rms": spread(rms), "distances": distance.tolist()}
-    return found
-
-
-def predict(loss, second: Tensor, z: Tensor, x: Tensor, dx: Tensor) -> Tensor:
-    """dz = -second^-1 (dL'/dX) dX (n, l)."""
-    def mixed(z, x, dx):
-        return jvp(lambda x: grad(loss)(z, x), (x,), (dx,))[1]
-    inverse = torch.linalg.pinv(second, hermitian=True)        # there are flat directions without
-    return -(inverse @ vmap(mixed)(z, x, dx)[..., None])[..., 0]                   # a penalty
-
-
-def prediction(loss, lambda_z: float, J: Tensor, z: Tensor, x: Tensor, changes: dict) -> list[dict]:
-    """|predicted dz - dz of a refit| / |dz| as images change, by L'' and by Gauss-Newton, which
-    leaves out how f(H(z)) curves. changes: {what: direction (n, D)}."""
-    rows, eye = [], torch.eye(z.shape[1]).to(z)
-    ways = {"newton": by_image(hessian(loss), z, x),
-            "gauss_newton": 2 / x.shape[1] * J.mT @ J + 2 * lambda_z * eye}
-    for what, direction in changes.items():
-        for size in SIZES:
-            dx = size * direction * (x.norm(dim=1) / direction.norm(dim=1))[:, None]
-            dz = newton(loss, z, x + dx) - z
-            errors = {way: (predict(loss, second, z, x, dx) - dz).norm(dim=1) / dz.norm(dim=1)
-                      for way, second in ways.items()}
-            rows.append({"change": what, "size": size, **{w: spread(e) for w, e in errors.items()}})
-    return rows
-
-
-def measure(model: HyperINR, images: Tensor) -> dict:
-    """All of it, on images (n, C, size, size)."""
+def conditions(model: HyperINR, images: Tensor) -> dict:
+    """What `theorem.measure` finds, in float64, of images (n, C, size, size)."""
     z, model = model.latents(images).double(), copy.deepcopy(model).double()
     model.requires_grad_(False)            # or the graph of H fills the memory
-    lambda_z, render, images = model.args.lambda_z, model.render, images.double()
-    x, refits, g = flat(images), {}, generator("theorem", model.args.seed)
+    x, g = flat(images).double(), generator("theorem", model.args.seed)
     noise, noise_z = (torch.randn(each.shape, generator=g).to(each) for each in (x, z))
-    starts = {"0": 0 * z, "random": noise_z * z.std(), "another's": z.roll(1, 0)}
-    for name, penalty in (("no penalty", 0.0), ("penalty", lambda_z)):
-        loss, many = objective(render, penalty), x.repeat(len(starts), 1)
-        ends = newton(loss, model.descend(torch.cat([*starts.values()]), many, penalty), many)
-        ends = dict(zip(starts, ends.split(len(x))))
-        z = ends.pop("0")
-        refits[name] = uniqueness(render, z, ends)
-    J = torch.cat([vmap(jacfwd(render))(block) for block in z.split(4)])
-    changes = {"noise": noise, "shift": flat(images.roll(1, 3)) - x}
-    return {"images": len(x), "latent": z.shape[1], "lambda_z": lambda_z, "refits": refits,
-            **curvature(loss, lambda_z, z, x), **identifiability(J),
-            "predictions": prediction(loss, lambda_z, J, z, x, changes)}
 
-
-def verdicts(found: dict) -> dict[str, str]:
-    """{condition: does it hold, on all images?} of what `measure` returned."""
-    def outcome(holds: bool, without_penalty: bool = True) -> str:
-        if not holds:
-            return "does not hold"
-        return "holds" if without_penalty else "holds only by the penalty"
-
-    floor = ZERO * found["largest eigenvalue of L''"][2]
-    definite, alone = (found[name][1] > floor for name in (
-        "smallest eigenvalue of L''", "... without the penalty's share"))
-    full = found["rank of J^T J"][1] == found["latent"]
-    said = {"L' = 0": outcome(found["|L'|"][2] <= ZERO),
-            "L'' is positive definite": outcome(definite, alone),
-            "every direction of z is seen": outcome(full or found["lambda_z"] > 0, full)}
-    for start in found["refits"]["penalty"]:
-        same, alone = (found["refits"][name][start]["same z"] >= SHARE
-                       for name in ("penalty", "no penalty"))
-        said[f"the same z from {start} start"] = outcome(same, alone)
-    errors = [row["newton"][0] for row in found["predictions"] if row["size"] == SIZE]
-    said[f"dz is predicted, |dX| = {SIZE:g} |X|"] = outcome(max(errors) <= ERROR)
-    return said
+    def minimise(z, x, lambda_z):
+        return model.descend(z, x.unflatten(1, (-1, images.shape[1])), lambda_z)
+    return theorem.measure(
+        model.render, minimise, x, model.args.lambda_z,
+        changes={"noise": noise, "shift": flat(images.roll(1, 3)) - x},
+        starts={"0": 0 * z, "random": noise_z * z.std(), "another's": z.roll(1, 0)})
 
 
 # ---- Where is the class? -------------------------------------------------------------------------
@@ -499,9 +379,9 @@ def run(argv: list[str] | None):
                "test_accuracy": right / n, "test_interval": wilson(right, n)}
     args.token_scale = model.reader.token_scale
     save(model, images, metrics)
-    theorem = measure(model, x[:MEASURED])
+    found = conditions(model, x[:MEASURED])
     report = {"command": settings.command_line(args, "hyperinr"), "flags": vars(args),
-              "metrics": metrics, "theorem": theorem, "verdicts": verdicts(theorem),
+              "metrics": metrics, "theorem": found, "verdicts": theorem.verdicts(found),
               "class": read_class(bank, labels, queries, test_labels),
               **settings.environment(device)}
     path = Path(args.out).with_suffix(".json")
