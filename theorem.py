@@ -13,7 +13,7 @@ J = df/dz, leaves out how f curves: does it predict dz as well?
 """
 import torch
 from torch import Tensor
-from torch.func import grad, hessian, jacfwd, jvp, vmap
+from torch.func import grad, jacfwd, jvp, vmap
 
 ZERO = 1e-8                # a gradient below is 0; so is an eigenvalue, over the largest
 SAME, ALIKE = 1e-3, 0.02   # same z: over the distance between images; same picture: rms of pixels
@@ -27,24 +27,34 @@ def objective(render, lambda_z: float):
     return lambda z, x: (render(z) - x).square().mean() + lambda_z * z.square().sum()
 
 
-def by_image(f, z: Tensor, x: Tensor) -> Tensor:
-    """f(z_i, x_i) of each image i; as many at once as l tangents of them find room."""
-    return vmap(f, chunk_size=max(1, 2 ** 17 // (z.shape[1] * x.shape[1])))(z, x)
+def second_derivative(loss, z: Tensor, x: Tensor) -> Tensor:
+    """L'' (n, l, l), a column for each tangent; so many at once as a CPU's caches hold."""
+    room, eye = max(1, 2 ** 15 // x.shape[1]), torch.eye(z.shape[1]).to(z)
+
+    def one(z, x):
+        def column(tangent):
+            return jvp(lambda z: grad(loss)(z, x), (z,), (tangent,))[1]
+        return vmap(column, chunk_size=room)(eye)
+    return vmap(one, chunk_size=max(1, room // len(eye)))(z, x)
 
 
-def newton(loss, z: Tensor, x: Tensor, steps=15) -> Tensor:
+def newton(loss, z: Tensor, x: Tensor, steps=60, renew=5) -> Tensor:
     """z where L' = 0, by damped Newton: along each eigenvector of L'' down by slope / |eigenvalue|;
-    of this the whole, or the half, quarter, ... that first does not raise L."""
+    of this the whole, or the half, quarter, ... that first does not raise L. L'' costs as much as l
+    slopes, so each serves `renew` steps."""
     z, value = z.clone(), vmap(loss)
-    for _ in range(steps):
+    values, basis = torch.zeros_like(z), z.new_zeros(*z.shape, z.shape[1])
+    for step in range(steps):
         slope = vmap(grad(loss))(z, x)
         going = slope.norm(dim=1) > ZERO / 1000
         if not going.any():
             break
-        at, to, slope = z[going], x[going], slope[going, None]
-        values, basis = torch.linalg.eigh(by_image(hessian(loss), at, to))
-        values = values.abs().clamp_min(ZERO * values.abs().max())[:, None]
-        move = -(slope @ basis / values @ basis.mT)[:, 0]
+        at, to = z[going], x[going]
+        if step % renew == 0:
+            values[going], basis[going] = torch.linalg.eigh(second_derivative(loss, at, to))
+        scale, U = values[going].abs(), basis[going]
+        scale = scale.clamp_min(ZERO * scale.max())[:, None]
+        move = -(slope[going, None] @ U / scale @ U.mT)[:, 0]
         limit = value(at, to) * (1 + 1e-13)                    # rounding is no rise
         for _ in range(20):
             if not (rises := value(at + move, to) > limit).any():
@@ -61,7 +71,7 @@ def spread(x: Tensor) -> list[float]:
 
 def curvature(loss, lambda_z: float, z: Tensor, x: Tensor) -> dict:
     """L', and the eigenvalues of L'' with and without the 2 lambda_z that the penalty adds."""
-    values = torch.linalg.eigvalsh(by_image(hessian(loss), z, x))              # (n, l), ascending
+    values = torch.linalg.eigvalsh(second_derivative(loss, z, x))              # (n, l), ascending
     return {"|L'|": spread(vmap(grad(loss))(z, x).norm(dim=1)),
             "smallest eigenvalue of L''": spread(values[:, 0]),
             "... without the penalty's share": spread(values[:, 0] - 2 * lambda_z),
@@ -103,7 +113,7 @@ def prediction(loss, lambda_z: float, J: Tensor, z: Tensor, x: Tensor, changes: 
     """|predicted dz - dz of a refit| / |dz| as images change, by L'' and by Gauss-Newton.
     changes: {what: direction (n, D)}."""
     rows, eye = [], torch.eye(z.shape[1]).to(z)
-    ways = {"newton": by_image(hessian(loss), z, x),
+    ways = {"newton": second_derivative(loss, z, x),
             "gauss_newton": 2 / x.shape[1] * J.mT @ J + 2 * lambda_z * eye}
     for what, direction in changes.items():
         for size in SIZES:
