@@ -44,7 +44,7 @@ BATCH, LR_H, LR_Z = 64, 5e-4, 3e-2         # joint training: Adam, cosine decay 
 FIT_STEPS, LR_FIT, BLOCK = 150, 0.1, 256   # a new image's z, by Adam; images at once
 MEASURED = 24                              # test images that the theorem is measured on
 USUAL = dict(width=32, depth=1, head_dim=32, reader_depth=3, lr=3e-3, epochs=15, latent=128,
-             lambda_z=1e-4, joint_epochs=150, fraction=0.25, fourier=False, out="hyperinr.pt")
+             lambda_z=3e-4, joint_epochs=150, fraction=0.25, fourier=False, out="hyperinr.pt")
 DIGITS = dict(latent=32, lambda_z=1e-3, fraction=1.0)
 USED = ("dataset data_root size train_size test_size val workers omega mlp_ratio batch_size "
         "weight_decay seed device").split()
