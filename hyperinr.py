@@ -54,6 +54,7 @@ USED = ("dataset data_root size train_size test_size val workers omega mlp_ratio
 
 class HyperINR(nn.Module):
     """H, the field whose weights it makes, and a reader of these weights."""
+    mediation_images = 500     # that diagnostics.py fits again with another's mean colour
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()

@@ -394,14 +394,16 @@ def mediation(read, fit, test, parts: dict[str, Tensor], kind: str, seed=0) -> d
     return result
 
 
-def content(read, fit, test, reference, parts: dict[str, Tensor], seed=0) -> dict:
+def content(read, fit, test, refitted, reference, parts: dict[str, Tensor], seed=0) -> dict:
     """test, reference: images (n, C, size, size), labels and tokens of test and training images, as
-    `diagnostics.Fitted` has them; parts {name: basis (D, m)}: the model's, and other routes."""
+    `diagnostics.Fitted` has them; refitted: the test images that mediation fits again; parts {name:
+    basis (D, m)}: the model's, and other routes."""
     first = dict([next(iter(parts.items()))])          # of a same-class donor it is enough
     return {"told": {name: told(reference, test, U) for name, U in parts.items()},
-            "mediation": [mediation(read, fit, test, asked, kind, seed)
+            "mediation": [mediation(read, fit, refitted, asked, kind, seed)
                           for kind, asked in (("other", parts), ("same", first))],
-            "test": len(test.labels), "reference": len(reference.labels)}
+            "test": len(test.labels), "refitted": len(refitted.labels),
+            "reference": len(reference.labels)}
 
 
 def content_table(result: dict) -> str:
@@ -417,5 +419,6 @@ def content_table(result: dict) -> str:
         titles = [f"mean colour of {m['donors']} class", "indirect, points", "share",
                   "share restored"]
         text.append(table(titles, rows)
-                    + f"\n{percent(m['outside'])}% of the pixels beyond [-1, 1]")
+                    + f"\n{result['refitted']} test images fitted again; "
+                    f"{percent(m['outside'])}% of the pixels beyond [-1, 1]")
     return "\n".join(text)

@@ -1507,7 +1507,7 @@ def test_content_on_planted_truths():
         known, test = (Fitted(images, labels, fit(images)).take(rows) for rows in torch.arange(500).chunk(2))
         bias = {"bias column": torch.eye(9)[:, -1:]}
         parts = bias | routes.other_routes(known.tokens, bias)
-        result = routes.content(read, fit, test, known, parts)
+        result = routes.content(read, fit, test, test, known, parts)
         other, same = result["mediation"]
         part, expected = other["parts"], float(column == -1)
         assert other["total"][0] > 0.5 and abs(same["total"][0]) < 0.05 and 0 < other["outside"] < 0.2
