@@ -459,7 +459,7 @@ def run_content(case: Case) -> dict:
     if "bias column" in parts:
         bias = {"bias column": parts["bias column"]}
         parts = bias | other_routes(case.reference.tokens, parts)
-    slow = getattr(case.model, "mediation_images", len(case.queries.labels))   # by Adam it takes long
+    slow = getattr(case.model, "mediation_images", len(case.queries.labels))
     refitted = case.queries.take(sample(case.queries.labels, slow))
     return content(case.model.read, case.model.fit, case.queries, refitted, case.reference, parts,
                    case.seed)
