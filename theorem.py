@@ -11,9 +11,13 @@ J = df/dz, leaves out how f curves: does it predict dz as well?
     found = measure(f, minimise, images, 1e-3)             # images (n, D)
     verdicts(found)                                        # {condition: does it hold?}
 """
+import warnings
+
 import torch
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
+
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)   # torch's own
 
 ZERO = 1e-8                # a gradient below is 0; so is an eigenvalue, over the largest
 SAME, ALIKE = 1e-3, 0.02   # same z: over the distance between images; same picture: rms of pixels
