@@ -1693,7 +1693,7 @@ def test_generated_weights_one_by_one():
 @float64()
 def test_derivatives_and_newton():
     """Hessian or mixed derivative are not those of finite differences; Newton or Adam do not end at a minimum."""
-    model, x, z, h = tiny_hyperinr(fraction=1.0), torch.rand(3, 48) * 2 - 1, torch.randn(3, 5) / 2, 1e-5
+    model, x, z, h = tiny_hyperinr(), torch.rand(3, 48) * 2 - 1, torch.randn(3, 5) / 2, 1e-5
     loss, vmap = theorem.objective(model.render, 1e-3), torch.func.vmap
     slope, value = vmap(torch.func.grad(loss)), vmap(loss)
     assert apart(value(z, x), (model.render(z) - x).square().mean(1) + 1e-3 * z.square().sum(1)) < 1e-12
@@ -1702,10 +1702,9 @@ def test_derivatives_and_newton():
     dx = torch.randn(3, 48)
     mixed = (slope(z, x + h * dx) - slope(z, x - h * dx)) / (2 * h)
     assert apart(-theorem.predict(loss, torch.eye(5).expand(3, 5, 5), z, x, dx), mixed) < 1e-7
-    with replaced(hyperinr, "FIT_STEPS", 200):
-        near = model.descend(torch.zeros(3, 5), x.view(3, 16, 3), 1e-3)
+    near = model.descend(torch.zeros(3, 5), x.view(3, 16, 3), 1e-3, 200)
     for start in (near, z):
-        end = theorem.newton(loss, start, x)
+        end = theorem.newton(loss, start, x, 40)
         assert slope(end, x).norm(dim=1).max() <= 1e-8
         assert torch.linalg.eigvalsh(theorem.second_derivative(loss, end, x)).min() > 0    # no saddle
         assert start is z or apart(value(near, x), value(end, x)) < 0.02
@@ -1720,7 +1719,7 @@ def test_hyperinr_command():
         if more.get("progress") == {"epoch": 2}:
             raise KeyboardInterrupt
     with replaced(hyperinr, "FIT_STEPS", 20), replaced(hyperinr, "HIDDEN", 32), replaced(hyperinr, "MEASURED", 3), \
-            quickly():
+            replaced(hyperinr, "POLISH_STEPS", 20), quickly():
         with replaced(hyperinr, "save", killed) as plain:
             assert command(HYPER, hyperinr.main)[0] == 130
         for argv in (HYPER, [*HYPER, "--out", "whole.pt"]):

@@ -8,7 +8,7 @@ near X, and dz = -L''^-1 (dL'/dX) dX. L'' also has to be invertible without the 
 penalty adds, if the images are to be the cause. Gauss-Newton's 2 J^T J / D + 2 lambda_z, with
 J = df/dz, leaves out how f curves: does it predict dz as well?
 
-    found = measure(f, minimise, images, 1e-3)             # images (n, D)
+    found = measure(f, minimise, images, 1e-3, changes, starts)        # images (n, D)
     verdicts(found)                                        # {condition: does it hold?}
 """
 import warnings
@@ -42,23 +42,19 @@ def second_derivative(loss, z: Tensor, x: Tensor) -> Tensor:
     return vmap(one, chunk_size=max(1, room // len(eye)))(z, x)
 
 
-def newton(loss, z: Tensor, x: Tensor, steps=60, renew=5) -> Tensor:
-    """z where L' = 0, by damped Newton: along each eigenvector of L'' down by slope / |eigenvalue|;
-    of this the whole, or the half, quarter, ... that first does not raise L. L'' costs as much as l
-    slopes, so each serves `renew` steps."""
+def newton(loss, z: Tensor, x: Tensor, steps=15) -> Tensor:
+    """z where L' = 0, by damped Newton from near there: along each eigenvector of L'' down by slope
+    / |eigenvalue|; of this the whole, or the half, quarter, ... that first does not raise L."""
     z, value = z.clone(), vmap(loss)
-    values, basis = torch.zeros_like(z), z.new_zeros(*z.shape, z.shape[1])
-    for step in range(steps):
+    for _ in range(steps):
         slope = vmap(grad(loss))(z, x)
         going = slope.norm(dim=1) > ZERO / 1000
         if not going.any():
             break
-        at, to = z[going], x[going]
-        if step % renew == 0:
-            values[going], basis[going] = torch.linalg.eigh(second_derivative(loss, at, to))
-        scale, U = values[going].abs(), basis[going]
-        scale = scale.clamp_min(ZERO * scale.max())[:, None]
-        move = -(slope[going, None] @ U / scale @ U.mT)[:, 0]
+        at, to, slope = z[going], x[going], slope[going, None]
+        values, basis = torch.linalg.eigh(second_derivative(loss, at, to))
+        values = values.abs().clamp_min(ZERO * values.abs().max())[:, None]
+        move = -(slope @ basis / values @ basis.mT)[:, 0]
         limit = value(at, to) * (1 + 1e-13)                    # rounding is no rise
         for _ in range(20):
             if not (rises := value(at + move, to) > limit).any():
@@ -133,8 +129,8 @@ def measure(render, minimise, x: Tensor, lambda_z: float, changes: dict, starts:
     """All of it, in the precision of images x (n, D), float64 if anything is to come out.
 
     render(z (..., l)) -> (..., D); minimise(z, x, lambda_z) -> z near a minimum, from z. changes:
-    {what: direction (n, D) to change the images in}; starts: {name: z (n, l)}, what is measured
-    being what is reached from the first; it is refitted from the others."""
+    {what: direction (n, D) to change the images in}; starts: {name: z (n, l)}: "z*" is reached from
+    the first and measured; then each image is fitted again from the others."""
     refits, images = {}, x.repeat(len(starts), 1)
     for name, penalty in (("no penalty", 0.0), ("penalty", lambda_z)):
         loss = objective(render, penalty)
@@ -142,7 +138,7 @@ def measure(render, minimise, x: Tensor, lambda_z: float, changes: dict, starts:
         z, *others = ends.split(len(x))
         refits[name] = uniqueness(render, z, dict(zip([*starts][1:], others)))
     J = torch.cat([vmap(jacfwd(render))(block) for block in z.split(4)])       # (n, D, l)
-    return {"images": len(x), "latent": z.shape[1], "lambda_z": lambda_z, "refits": refits,
+    return {"z*": z, "images": len(x), "latent": z.shape[1], "lambda_z": lambda_z, "refits": refits,
             **curvature(loss, lambda_z, z, x), **identifiability(J),
             "predictions": prediction(loss, lambda_z, J, z, x, changes)}
 
