@@ -144,7 +144,7 @@ def measure(render, minimise, x: Tensor, lambda_z: float, changes: dict, starts:
 
 
 def verdicts(found: dict) -> dict[str, str]:
-    """{condition: does it hold, on all images?} of what `measure` returned."""
+    """{condition: does it hold on all images, of dz on the median one?} of what `measure` found."""
     def outcome(holds: bool, without_penalty: bool = True) -> str:
         if not holds:
             return "does not hold"
