@@ -236,6 +236,58 @@ def errors_of_dz(axis, found: dict):
     label(axis, "Is dz predicted?", "|dX| / |X|", "error over |dz| (median)", True)
 
 
+# ---- Low-rank weights ----------------------------------------------------------------------------
+
+def mlora_figure(path: Path, report: dict, shown: dict):
+    """Images as each kind of weights shows them and as sampled weights do, above what was measured.
+
+    shown: {name: {"rebuilt", a sampler's name: (n, C, h, w)}}, the images themselves as "image"."""
+    rows = {f"{name}{', ' * (what != 'rebuilt')}{what.removeprefix('rebuilt')}": pictures
+            for name, each in shown.items() for what, pictures in each.items()}
+    draws = [(accuracy_of_weights, report["rows"])]
+    if any("path" in row for row in report["rows"].values()):
+        draws.append((errors_between_fits, report["rows"]))
+    if "floor" in report:
+        draws.append((distances_of_samples, report))
+    figure = Figure((5 + 5.5 * len(draws), 2 + 0.42 * len(rows)), layout="constrained", dpi=110)
+    left, right = figure.subfigures(1, 2, width_ratios=[4, 5 * len(draws)])
+    grid = left.subplots(len(rows), 8, squeeze=False)
+    for line, (name, pictures) in zip(grid, rows.items()):
+        for axis, image in zip(line, pictures):
+            picture(axis, image, "")
+        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    for (draw, found), axis in zip(draws, right.subplots(1, len(draws), squeeze=False)[0]):
+        draw(axis, found)
+    figure.savefig(path)
+
+
+def accuracy_of_weights(axis, rows: dict):
+    for (key, marker) in zip(("1-NN", "linear", "MLP", "reader", "ARI"), "o^PsD"):
+        x = [100 * (row[key][0] if key == "ARI" else row[key]) if key in row else math.nan
+             for row in rows.values()]
+        axis.plot(x, range(len(rows)), marker, markersize=5, label=key)
+    name_axis(axis, [f"{name} ({row['numbers']})" for name, row in rows.items()])
+    label(axis, "Is the class in the weights? (how many numbers)",
+          "accuracy on test images; k-means ARI (%)", "", True)
+
+
+def errors_between_fits(axis, rows: dict):
+    for (name, row), style in zip(((n, r) for n, r in rows.items() if "path" in r),
+                                  itertools.cycle(LINES)):
+        axis.semilogy(np.linspace(0, 1, len(row["path"])), row["path"], style, markersize=3,
+                      label=name)
+    label(axis, "Two fits of one image", "way from one to the other", "mean squared error", True)
+
+
+def distances_of_samples(axis, report: dict):
+    samples = {f"{name}, {sampler}": each["frechet"] for name, row in report["rows"].items()
+               for sampler, each in row.get("samplers", {}).items()}
+    axis.plot([*samples.values()], range(len(samples)), "C0o")
+    axis.axvline(report["floor"], color="black", label="test images")
+    name_axis(axis, [*samples])
+    label(axis, "Pictures of sampled weights", "Fréchet distance to training images", "", True)
+
+
 # ---- One model -----------------------------------------------------------------------------------
 
 def accuracy(result: dict) -> str:
