@@ -33,8 +33,8 @@ from checkpoint import (InputError, exits, generator, model_from, read_checkpoin
                         seeded)
 from data import load_dataset
 from diffusion import copies, diffusion, frechet, gaussian
-from measures import (DECAYS, PENALTIES, fit_linear, fit_mlp, fit_probe, knn_predict,
-                      squared_distances)
+from measures import (DECAYS, PENALTIES, adjusted_rand, fit_linear, fit_mlp, fit_probe, kmeans,
+                      knn_predict)
 from model import psnr
 from reader import Reader
 from siren import coordinate_grid
@@ -50,7 +50,7 @@ LINKED, POINTS = 64, 11                    # images of that, and points on the l
 USUAL = dict(width=32, depth=3, head_dim=16, reader_depth=3, lr=3e-3, epochs=15, latent=32,
              lambda_z=1e-5, base_epochs=80, progressive=False, fraction=0.25, rank=4, fit_steps=100,
              rate_mlp=0.01, rate_lora=0.03, rate_mlora=0.03, kinds=[*KINDS],
-             init=["shared", "separate"], start=0, diffusion_steps=1000, only=[*PARTS],
+             init=["shared", "separate"], start=0, diffusion_steps=600, only=[*PARTS],
              out="mlora.pt")
 DIGITS = dict(omega=4.0, latent=16, base_epochs=100, fraction=1.0)
 USED = ("dataset data_root size train_size test_size val workers omega mlp_ratio batch_size "
@@ -98,12 +98,11 @@ class MLoRA(nn.Module):
 
     def draw_network(self, *key) -> tuple[Tensor, Tensor]:
         """Initial weights of a SIREN, uniform, and their standard deviation."""
-        width = self.args.width
-        bound = torch.full(((self.args.depth + 1) * width + self.channels, width + 1),
-                           math.sqrt(6 / width))
-        bound[:, -1] = bound[-self.channels:] = 1 / math.sqrt(width)
-        bound[:width] = F.pad(torch.tensor([1 / 2, 1 / 2]), (0, width - 1), value=0)
-        bound[:width, -1] = math.pi        # of all phases, or the field is odd
+        width, depth = self.args.width, self.args.depth
+        bound = torch.zeros((depth + 1) * width + self.channels, width + 1)
+        bound[:width, :2], bound[:width, -1] = 1 / 2, math.pi      # all phases, or the field is odd
+        bound[width:, :-1] = math.sqrt(6 / width)
+        bound[width:, -1] = bound[-self.channels:] = 1 / math.sqrt(width)
         draw = 2 * torch.rand(bound.shape, generator=generator(*key)) - 1
         return bound * draw, bound / math.sqrt(3)
 
@@ -257,36 +256,12 @@ def train_base(model: MLoRA, images: Tensor) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
             decibels.append(psnr(error.detach()))
-    base.requires_grad_(False).copy_(modulated(base, modulate(torch.zeros_like(z[0]))))
+    with torch.no_grad():
+        base.requires_grad_(False).copy_(modulated(base, modulate(torch.zeros_like(z[0]))))
     return float(torch.cat(decibels).mean())
 
 
 # ---- Classes and clusters ------------------------------------------------------------------------
-
-def kmeans(x: Tensor, k: int, g, steps: int = 50) -> Tensor:
-    """Cluster (n,) of each row of x (n, d): Lloyd's steps from a start by k-means++."""
-    def nearest_centre(centres):
-        return torch.cat([*squared_distances(centres, x)]).min(1)
-
-    centres = x[torch.randint(len(x), (1,), generator=g)]
-    while len(centres) < k:
-        chances = nearest_centre(centres).values.double().cpu() + 1e-12
-        centres = torch.cat([centres, x[torch.multinomial(chances, 1, generator=g)]])
-    for _ in range(steps):
-        member = F.one_hot(nearest_centre(centres).indices, k).to(x)           # (n, k)
-        means = member.T @ x / member.sum(0).clamp_min(1)[:, None]
-        centres = torch.where(member.any(0)[:, None], means, centres)
-    return nearest_centre(centres).indices
-
-
-def adjusted_rand(a: Tensor, b: Tensor) -> float:
-    """Agreement of two clusterings (n,): 1 the same, 0 as by chance (Hubert & Arabie 1985)."""
-    table = F.one_hot(a).double().T @ F.one_hot(b).double()
-    together, rows, columns, pairs = (float((n * (n - 1) / 2).sum()) for n in (
-        table, table.sum(1), table.sum(0), table.sum()))
-    expected = rows * columns / pairs
-    return (together - expected) / ((rows + columns) / 2 - expected)
-
 
 def classify(bank: Tensor, bank_labels: Tensor, x: Tensor, labels: Tensor, seed: int) -> dict:
     """Accuracies on x (q, ...); on the bank (n, ...) how k-means, five times, finds the classes."""
@@ -399,24 +374,18 @@ def table(title: str, rows: dict) -> str:
     return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in cells)
 
 
-TITLES = {"classify": "test images", "connect": f"two fits, starts {EPSILON:g} apart (MSE)",
-          "generate": "sampled weights"}
-
-
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog, more, positive = "mlora.py", p.add_argument_group("low-rank weights"), settings.number(
-        0, above=True)
+    p.prog, more = "mlora.py", p.add_argument_group("low-rank weights")
+    count, positive = settings.whole(1), settings.number(0, above=True)
     for name, kind, text in (
-            ("latent", settings.whole(1, 4096), "numbers in a z of the base"),
+            ("latent", count, "numbers in a z of the base"),
             ("lambda-z", settings.number(0), "weight of |z|^2"),
-            ("base-epochs", settings.whole(1), "passes over the images for the base"),
-            ("rank", settings.whole(1, 6), "r, components a layer"),
-            ("fit-steps", settings.whole(1), "steps of a fit"),
-            ("rate-mlp", positive, "learning rate of fits: mlp"),
-            ("rate-lora", positive, "... lora"), ("rate-mlora", positive, "... mlora"),
-            ("start", settings.whole(0), "seed of where fits start"),
-            ("diffusion-steps", settings.whole(1), "training steps of the DDPM")):
+            ("base-epochs", count, "passes over the images for the base"),
+            ("rank", settings.whole(1, 6), "r, components a layer"), ("fit-steps", count, "a fit"),
+            ("rate-mlp", positive, "learning rate of fits: mlp"), ("rate-lora", positive, "lora"),
+            ("rate-mlora", positive, "mlora"), ("start", settings.whole(0), "seed of starts"),
+            ("diffusion-steps", count, "training steps of the DDPM")):
         more.add_argument(f"--{name}", type=kind, help=text)
     for name, choices in (("kinds", KINDS), ("init", ("shared", "separate")), ("only", PARTS)):
         more.add_argument(f"--{name}", nargs="+", choices=choices, help="these alone")
@@ -481,8 +450,8 @@ def run(argv: list[str] | None):
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     pictures = {name: x.cpu().numpy() for name, x in found["pictures"].items()}
     figures.mlora_figure(path.with_suffix(".png"), report, pictures)
-    print(f"base: PSNR {found['base_psnr']:.2f} dB on training images; accuracies are shares\n",
-          *(table(title, found[part]) for part, title in TITLES.items() if found[part]), sep="\n")
+    print(f"base: {found['base_psnr']:.2f} dB on training images; accuracies are shares\n",
+          *(table(part, found[part]) for part in PARTS if found.get(part)), sep="\n")
 
 
 def main(argv: list[str] | None = None):
