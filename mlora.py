@@ -12,8 +12,9 @@ a hidden layer's weights in the base, A (r, in) and B (out, r):
     mlp    a whole network, no base       lora    W + B A       mlora    W * (B A), entry by entry
 
 "-asym": some entries keep their value, the same for all images, so that neurons or components
-cannot change places. All fits start from one draw ("shared"), or, the control, each from its own
-("separate"). The same command, given again, goes on after the last finished kind of weights.
+cannot change places. All fits start from one draw ("shared") or, the control, each from its own
+("separate"). Rates are to be chosen with --val: of those whose 1-NN is within a point of the best,
+the one of the best PSNR. The same command, given again, goes on after the last finished kind.
 """
 import argparse
 import itertools
@@ -31,6 +32,7 @@ import figures
 import settings
 from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
                         seeded)
+from claims import table
 from data import load_dataset
 from diffusion import copies, diffusion, frechet, gaussian
 from measures import (DECAYS, PENALTIES, adjusted_rand, fit_linear, fit_mlp, fit_probe, kmeans,
@@ -82,10 +84,8 @@ def set_rate(optimizer, peak: float, done: float):
 
 
 class MLoRA(nn.Module):
-    """A base field, numbers of their own for images, of any kind, and a reader of those of KEPT.
-
-    Own numbers are (T, D). mlp: a network. lora, mlora: depth * r tokens, each a row of A and then
-    the column of B that goes with it."""
+    """A base field, images' own numbers (T, D), of any kind, and a reader of those of KEPT. mlp: a
+    network. lora, mlora: depth * r tokens, a row of A and then the column of B that it meets."""
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()
@@ -109,13 +109,11 @@ class MLoRA(nn.Module):
     def free(self, kind: str) -> Tensor:
         """Which numbers (T, D) are fitted. "-asym": of a neuron's weights, or a row of A, all but
         about sqrt(width), drawn once."""
-        args, width = self.args, self.args.width
+        args, width, rows = self.args, self.args.width, slice(None)
+        free = torch.ones(args.depth * args.rank, 2 * width, dtype=torch.bool)
         if kind.startswith("mlp"):
             free, rows = torch.ones(self.base.shape, dtype=torch.bool), slice(width, -self.channels)
             free[:width, 2:-1] = False     # not used
-        else:
-            free = torch.ones(args.depth * args.rank, 2 * width, dtype=torch.bool)
-            rows = slice(None)
         if kind.endswith("asym"):
             order = torch.rand(len(free[rows]), width, generator=generator("mask", args.seed))
             free[rows] = free[rows].scatter(1, order.argsort(1)[:, :round(math.sqrt(width))], False)
@@ -156,8 +154,8 @@ class MLoRA(nn.Module):
         return torch.sin(self.coords @ W.mT + bias)
 
     def descend(self, kind: str, own: Tensor, images: Tensor) -> Tensor:
-        """Numbers (N, T, D) for images (N, C, size, size), by Adam from `own`. Pixels are drawn
-        anew each step, the same for all images: else neighbours differ by the draw."""
+        """Numbers (N, T, D) for images (N, C, size, size), by Adam from `own`. Each step draws
+        pixels, the same for all images: else neighbours differ by the draw."""
         args, free, inputs = self.args, self.free(kind).to(own), self.inputs(kind)
         x, own = images.flatten(2).mT, own.clone().requires_grad_()
         adam = torch.optim.Adam([own], betas=(0.9, 0.99), fused=True)
@@ -178,8 +176,7 @@ class MLoRA(nn.Module):
     def fit_kind(self, kind: str, init: str, images: Tensor) -> Tensor:
         """Numbers (N, T, D) of images (N, C, size, size) in [-1, 1]."""
         fits, blocks = [], images.split(BLOCK)
-        for block in tqdm(blocks, f"{kind}, {init}", leave=False,
-                          disable=None if len(blocks) > 4 else True):
+        for block in tqdm(blocks, kind, leave=False, disable=len(blocks) < 5 or None):
             keys = [[image.tobytes()] for image in block.cpu().numpy()]
             keys = keys if init == "separate" else [[]]
             starts = torch.stack([self.start(kind, *key) for key in keys]).to(block)
@@ -207,7 +204,7 @@ class MLoRA(nn.Module):
         return {}                          # a token has no bias column
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        return self.show(KEPT, self.fit(images) + self.start(KEPT).to(images))
+        return self.show(KEPT, self.fit_kind(KEPT, "shared", images))
 
 
 def from_checkpoint(content: dict, device="cpu") -> MLoRA:
@@ -228,9 +225,8 @@ def modulated(base: Tensor, factor: Tensor) -> Tensor:
 
 
 def train_base(model: MLoRA, images: Tensor) -> float:
-    """Trains model.base as an auto-decoder of images (N, C, size, size): mean squared error +
-    lambda_z |z|^2, z an image's latent that modulates it. z = 0 is then folded into the base.
-    Returns the PSNR (dB)."""
+    """PSNR (dB) of images (N, C, size, size) when model.base is trained on them as an auto-decoder:
+    mean squared error + lambda_z |z|^2. z = 0 is then folded into it."""
     args, base, device = model.args, model.base.requires_grad_(), images.device
     with seeded("modulation", args.seed):
         modulate = nn.Sequential(nn.Linear(args.latent, 64), nn.GELU(),
@@ -319,13 +315,13 @@ def connect(model: MLoRA, kind: str, images: Tensor) -> dict:
 # ---- Generation ----------------------------------------------------------------------------------
 
 def generate(model: MLoRA, kind: str, bank: Tensor, test: Tensor, data: list[Tensor]):
-    """{sampler: figures} and {sampler: pictures} of weights sampled like those of a bank (n, T, D),
-    as many as of test images. Fréchet distances are in the hidden units of a classifier of the
-    images; floor: the test images'."""
-    args, (deviation, mean), (images, labels, test_images, _) = (
-        model.args, torch.std_mean(bank, 0), data)
+    """{sampler: figures}, {sampler: pictures} of as many samples like a bank (n, T, D) as there are
+    test images. Fréchet distances are from training images, in a classifier's hidden units; floor:
+    the test images'."""
+    (images, labels, test_images, _), args = data, model.args
     features = fit_mlp(images.flatten(1), labels, int(labels.max()) + 1, DECAYS[1])[:-1]
     real, also_real = (features(each.flatten(1)) for each in (images, test_images))
+    deviation, mean = torch.std_mean(bank, 0)
     x, y = ((each - mean) / deviation.clamp_min(1e-6) for each in (bank, test))
     samples = {"Gaussian": gaussian(x, len(y), generator("gaussian", args.seed))}
     if not kind.startswith("mlp"):
@@ -364,14 +360,11 @@ def examine(model: MLoRA, kind: str, init: str, data: list[Tensor], found: dict)
     found["done"].append([kind, init])
 
 
-def table(title: str, rows: dict) -> str:
-    """{row: {column: number}} as text, without what is no number."""
-    columns = [key for key in max(rows.values(), key=len) if key != "path"]
-    cells = [[title, *columns]]
-    for name, row in rows.items():
-        cells.append([name, *(f"{row[key]:.4g}" if key in row else "" for key in columns)])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "".join("  ".join(map(str.ljust, line, widths)).rstrip() + "\n" for line in cells)
+def as_text(title: str, rows: dict) -> str:
+    """{name: {what: figure}} as a table."""
+    keys = [key for key in max(rows.values(), key=len) if key != "path"]
+    return table([title, *keys], [[name, *(f"{row[key]:.4g}" if key in row else "" for key in keys)]
+                                  for name, row in rows.items()]) + "\n"
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -379,13 +372,11 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p.prog, more = "mlora.py", p.add_argument_group("low-rank weights")
     count, positive = settings.whole(1), settings.number(0, above=True)
     for name, kind, text in (
-            ("latent", count, "numbers in a z of the base"),
-            ("lambda-z", settings.number(0), "weight of |z|^2"),
-            ("base-epochs", count, "passes over the images for the base"),
-            ("rank", settings.whole(1, 6), "r, components a layer"), ("fit-steps", count, "a fit"),
-            ("rate-mlp", positive, "learning rate of fits: mlp"), ("rate-lora", positive, "lora"),
-            ("rate-mlora", positive, "mlora"), ("start", settings.whole(0), "seed of starts"),
-            ("diffusion-steps", count, "training steps of the DDPM")):
+            ("latent", count, "numbers in z"), ("lambda-z", settings.number(0), "weight of |z|^2"),
+            ("base-epochs", count, "of the base"), ("rank", settings.whole(1, 6), "r"),
+            ("fit-steps", count, "of Adam"), ("rate-mlp", positive, "learning rate of a fit"),
+            ("rate-lora", positive, "... of lora"), ("rate-mlora", positive, "... of mlora"),
+            ("start", settings.whole(0), "seed of starts"), ("diffusion-steps", count, "training")):
         more.add_argument(f"--{name}", type=kind, help=text)
     for name, choices in (("kinds", KINDS), ("init", ("shared", "separate")), ("only", PARTS)):
         more.add_argument(f"--{name}", nargs="+", choices=choices, help="these alone")
@@ -451,7 +442,7 @@ def run(argv: list[str] | None):
     pictures = {name: x.cpu().numpy() for name, x in found["pictures"].items()}
     figures.mlora_figure(path.with_suffix(".png"), report, pictures)
     print(f"base: {found['base_psnr']:.2f} dB on training images; accuracies are shares\n",
-          *(table(part, found[part]) for part in PARTS if found.get(part)), sep="\n")
+          *(as_text(part, found[part]) for part in PARTS if found.get(part)), sep="\n")
 
 
 def main(argv: list[str] | None = None):

@@ -1870,7 +1870,7 @@ def test_low_rank_weights_by_hand():
 
 
 def test_base_is_folded():
-    """A modulated layer is not s (W a + b); what is left of the base is not its field at z = 0, or nothing is learnt."""
+    """A modulated layer is not s (W a + b); what is left is not the field at z = 0; nothing is learnt."""
     model, calls = tiny_mlora(latent=3, base_epochs=30), []
     base, factor = torch.randn(6 * 3 + 3, 7), torch.randn(12)
     a, s = torch.randn(5, 2), (1 + factor).split(6)
@@ -2681,7 +2681,7 @@ def test_style():
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
     rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr "
-             "diffusion mlora bench claims routes diagnostics interventions").split()
+             "diffusion bench claims mlora routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
