@@ -236,6 +236,49 @@ def errors_of_dz(axis, found: dict):
     label(axis, "Is dz predicted?", "|dX| / |X|", "error over |dz| (median)", True)
 
 
+# ---- Low-rank weights ----------------------------------------------------------------------------
+
+def mlora_figure(path: Path, report: dict, shown: dict):
+    """Images as kinds of weights, and samples of these, show them, beside what was measured.
+
+    shown: {name: pictures (n, C, h, w)}."""
+    draws = [(draw, report[part]) for part, draw in (
+        ("classify", accuracy_of_weights), ("connect", errors_between_fits),
+        ("generate", distances_of_samples)) if report[part]]
+    figure = Figure((5 + 5.5 * len(draws), 2 + 0.4 * len(shown)), layout="constrained", dpi=110)
+    left, right = figure.subfigures(1, 2, width_ratios=[4.5, 5 * len(draws)])
+    for line, (name, pictures) in zip(left.subplots(len(shown), 8, squeeze=False), shown.items()):
+        for axis, image in zip(line, pictures):
+            picture(axis, image, "")
+        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    for (draw, rows), axis in zip(draws, right.subplots(1, len(draws), squeeze=False)[0]):
+        draw(axis, rows)
+    figure.savefig(path)
+
+
+def accuracy_of_weights(axis, rows: dict):
+    for key, marker in zip(("1-NN", "linear", "MLP", "reader", "ARI"), "o^PsD"):
+        share = [100 * row.get(key, math.nan) for row in rows.values()]
+        axis.plot(share, range(len(rows)), marker, markersize=5, label=key)
+    name_axis(axis, [f"{name} ({row['numbers']})" for name, row in rows.items()])
+    label(axis, "Is the class in the weights? (how many numbers)",
+          "accuracy on test images; ARI of k-means (%)", "", True)
+
+
+def errors_between_fits(axis, rows: dict):
+    for (name, row), style in zip(rows.items(), LINES):
+        axis.semilogy(np.linspace(0, 1, len(row["path"])), row["path"], style, markersize=3,
+                      label=name)
+    label(axis, "Two fits of one image", "way from one to the other", "mean squared error", True)
+
+
+def distances_of_samples(axis, rows: dict):
+    axis.plot([row["Frechet"] for row in rows.values()], range(len(rows)), "C0o")
+    axis.axvline(next(iter(rows.values()))["floor"], color="black", label="test images")
+    name_axis(axis, [*rows])
+    label(axis, "Pictures of sampled weights", "Fréchet distance to training images", "", True)
+
+
 # ---- One model -----------------------------------------------------------------------------------
 
 def accuracy(result: dict) -> str:

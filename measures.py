@@ -132,6 +132,33 @@ def nearest_mean_accuracy(bank, bank_labels, queries, labels) -> float:
     return accuracy(nearest_mean_predict(bank, bank_labels, queries), labels)
 
 
+# ---- Clusters ----
+
+def kmeans(x, k, g, steps=50):
+    """Cluster (n,) of each row of x (n, d): Lloyd's steps from a start by k-means++."""
+    def nearest_centre(centres):
+        return torch.cat([*squared_distances(centres, x)]).min(1)
+
+    centres = x[torch.randint(len(x), (1,), generator=g)]
+    while len(centres) < k:
+        chances = nearest_centre(centres).values.double().cpu() + 1e-12
+        centres = torch.cat([centres, x[torch.multinomial(chances, 1, generator=g)]])
+    for _ in range(steps):
+        member = F.one_hot(nearest_centre(centres).indices, k).to(x)  # (n, k)
+        means = member.T @ x / member.sum(0).clamp_min(1)[:, None]
+        centres = torch.where(member.any(0)[:, None], means, centres)
+    return nearest_centre(centres).indices
+
+
+def adjusted_rand(a, b) -> float:
+    """Agreement of two clusterings (n,): 1 the same, 0 as by chance (Hubert & Arabie 1985)."""
+    table = F.one_hot(a).double().T @ F.one_hot(b).double()
+    together, rows, columns, pairs = (float((n * (n - 1) / 2).sum()) for n in (
+        table, table.sum(1), table.sum(0), table.sum()))
+    expected = rows * columns / pairs
+    return (together - expected) / ((rows + columns) / 2 - expected)
+
+
 # ---- Trained classifiers ----
 
 PENALTIES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # times d: a feature twice changes nothing

@@ -130,8 +130,10 @@ def flag(key: str) -> str:
 
 def as_flags(values: dict) -> list[str]:
     """The command line that gives these settings; what is None or False needs no flag."""
-    return [flag(key) if value is True else f"{flag(key)}={value}"
-            for key, value in values.items() if value is not None and value is not False]
+    words = {key: [flag(key)] if value is True else [flag(key), *value]
+             if isinstance(value, list) else [f"{flag(key)}={value}"]
+             for key, value in values.items() if value is not None and value is not False}
+    return [word for each in words.values() for word in each]
 
 
 def recipe(dataset: str, size: int | None) -> dict:

@@ -34,10 +34,12 @@ import checkpoint
 import claims
 import data
 import diagnostics
+import diffusion
 import figures
 import hyperinr
 import interventions
 import measures
+import mlora
 import pixels
 import routes
 import settings
@@ -1743,6 +1745,221 @@ def test_hyperinr_command():
         refused([*HYPER, *argv], *words, main=hyperinr.main)
 
 
+# ---- diffusion.py ----------------------------------------------------------------------------------------------------
+
+@float64()
+def test_diffusion_of_a_gaussian():
+    """The state is not that of DDPM's small steps; the sampler does not bring a planted Gaussian's mean and covariance
+    back from the best denoiser, or training finds none."""
+    x, angles = torch.full((20000, 1, 1), 2.0), torch.linspace(0, 1.2, 41)
+    state, v = diffusion.noised(x, torch.randn(x.shape), angles[-1])
+    chain = x
+    for before, after in zip(angles, angles[1:]):
+        keep = (after.cos() / before.cos()).square()           # 1 - beta
+        chain = keep.sqrt() * chain + (1 - keep).sqrt() * torch.randn(x.shape)
+    for each in (state, chain):
+        assert abs(each.mean() - 2 * math.cos(1.2)) < 0.03 and abs(each.std() - math.sin(1.2)) < 0.03
+    assert apart(angles[-1].cos() * state - angles[-1].sin() * v, x) < 1e-12
+    mean, root = torch.randn(3), torch.randn(3, 3)
+    S = root @ root.T
+
+    def best(x, angle):            # v expected of a state: both of its parts are linear in the state
+        cos, sin = angle[0].cos(), angle[0].sin()
+        seen = (x - cos * mean) @ torch.linalg.inv(cos ** 2 * S + sin ** 2 * torch.eye(3))
+        return cos * sin * seen - sin * (mean + cos * seen @ S)
+    origin, *columns = diffusion.ddim(best, torch.cat([torch.zeros(1, 3), torch.eye(3)]), 500)    # an affine map
+    M = torch.stack(columns) - origin
+    assert apart(origin, mean) < 1e-2 and apart(M.T @ M, S) < 1e-2
+    data = torch.tensor([3.0, -2.0]) + 0.3 * torch.randn(200, 4, 2)
+    assert (diffusion.diffusion(data, 50, 2, 40).mean(0) - data.mean(0)).abs().max() < 1
+
+
+@float64()
+def test_judging_samples():
+    """The Fréchet distance of known Gaussians is another, sampled ones have other moments; a memorising sampler is not
+    caught, or an honest one is."""
+    def exactly(mean, root, n=50):                             # rows with just this mean and covariance
+        x = torch.randn(n, 3)
+        x = x - x.mean(0)
+        return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T @ root.T + mean
+    for roots in ([torch.diag(torch.rand(3) + 0.5) for _ in "ab"], [torch.randn(3, 3) for _ in "ab"]):
+        means, (S, R) = torch.randn(2, 3), (root @ root.T for root in roots)
+        got = diffusion.frechet(*map(exactly, means, roots))
+        cross = np.sqrt(np.linalg.eigvals((S @ R).numpy()).real).sum()
+        assert np.isclose(got, float((means[0] - means[1]).square().sum() + S.trace() + R.trace()) - 2 * cross)
+        if roots[0][0, 1] == 0:
+            by_hand = (means[0] - means[1]).square().sum() + (roots[0] - roots[1]).diagonal().square().sum()
+            assert np.isclose(got, float(by_hand))
+    x = exactly(torch.tensor([1.0, 2, 3]), torch.randn(3, 3)).unflatten(1, (3, 1))
+    drawn = diffusion.gaussian(x, 40000, generator("drawn"))
+    assert apart(drawn.mean(0), x.mean(0)) < 0.02 and apart(torch.cov(drawn[..., 0].T), torch.cov(x[..., 0].T)) < 0.05
+    bank, test, honest = torch.randn(3, 200, 4, 5)
+    ratio = [found["nearest"] / found["nearest of test"] for found in (
+        diffusion.copies(samples, bank, test) for samples in (bank.flip(0) + 0.01 * torch.randn(200, 4, 5), honest))]
+    assert ratio[0] < 0.05 and abs(ratio[1] - 1) < 0.1
+
+
+# ---- mlora.py --------------------------------------------------------------------------------------------------------
+
+LOW_RANK = ("--train-size 96 --test-size 40 --width 8 --depth 2 --rank 2 --latent 3 --base-epochs 2 --fit-steps 5 "
+            "--diffusion-steps 3 --reader-depth 1 --head-dim 4 --epochs 1 --workers 0").split()
+
+
+def tiny_mlora(**changed) -> mlora.MLoRA:
+    args = settings.settings(mlora.USUAL | dict(dataset="cifar10", size=4, width=6, depth=2, rank=2, head_dim=3,
+                                                fit_steps=6, fraction=0.5) | changed)
+    return mlora.MLoRA(args, 3, 4)
+
+
+@float64()
+def test_fits_one_by_one():
+    """A block of fits is not each image's own; what a mask freezes moves, or differs between images or starts."""
+    model, (images, _) = tiny_mlora(fit_steps=4).double(), batch(3, 4)
+    for kind, init in ((kind, init) for kind in mlora.KINDS for init in ("shared", "separate")):
+        together, free, start = model.fit_kind(kind, init, images), model.free(kind), model.start(kind)
+        with replaced(mlora, "BLOCK", 2):
+            alone = torch.cat([model.fit_kind(kind, init, image[None]) for image in images.flip(0)]).flip(0)
+            assert apart(together, model.fit_kind(kind, init, images)) < 1e-9
+        assert apart(together, alone) < 1e-9
+        assert torch.equal(together[:, ~free], start.to(images)[~free].expand(3, -1))
+        assert (together - start)[:, free].abs().median() > 0
+        rows = free[6:-3] if kind.startswith("mlp") else free
+        assert ((~rows[:, :6]).sum(1) == (2 if kind.endswith("asym") else 0)).all() and rows[:, 6:].all()
+        frozen = start[6:-3][~rows] if kind.startswith("mlp") else start[~rows]
+        assert (frozen == 0).all() if kind.startswith("mlora") else (frozen != 0).all()
+        distance = torch.pdist(torch.stack([model.start(kind, i)[free] for i in range(3)]))
+        assert distance.min() > 0.1
+
+
+@float64()
+def test_low_rank_weights_by_hand():
+    """A field is not that of its materialised weights, a gradient not the chain rule's; factors start elsewhere."""
+    model = tiny_mlora().double()
+    first, *hidden, head = (w.numpy() for w in model.base.split(6, -2))
+    for kind in ("mlp", "lora", "mlora"):
+        own = (model.start(kind) + 0.1 * torch.randn(model.free(kind).shape)).requires_grad_()
+        if kind == "mlp":
+            first, *W, head = (w.detach().numpy() for w in own.split(6, -2))
+        else:
+            A, B = own.unflatten(0, (2, 2)).split(6, -1)
+            change, W = (B.mT @ A).detach().numpy(), [w.copy() for w in hidden]
+            for w, each in zip(W, change):
+                w[:, :6] = w[:, :6] * each if kind == "mlora" else w[:, :6] + each
+        layers = [first[:, [0, 1, -1]], *W, head]
+        for got, a in zip(mlora.field(model.inputs(kind), model.layers(kind, own)), model.coords.numpy()):
+            for i, w in enumerate(layers):
+                a = w[:, :-1] @ a + w[:, -1]
+                a = np.sin(a) if i < 3 else a
+            np.testing.assert_allclose(got.detach().numpy(), a, rtol=1e-10, atol=1e-12)
+        first, head = model.base[:6].numpy(), model.base[-3:].numpy()
+        if kind != "mlp":
+            def loss(layers):
+                return (mlora.field(model.inputs(kind), layers) - 0.3).square().mean()
+            leaves = [(W.detach().requires_grad_(), b) for W, b in model.layers(kind, own)]
+            got, = torch.autograd.grad(loss(model.layers(kind, own)), own)
+            for i, G in enumerate(torch.autograd.grad(loss(leaves), [W for W, _ in leaves])[:2]):
+                G = G * torch.tensor(hidden[i][:, :6]) if kind == "mlora" else G
+                expected = torch.cat([B[i] @ G, A[i] @ G.T], -1)
+                assert apart(got.unflatten(0, (2, 2))[i], expected) < 1e-10
+    for kind, expected in (("lora", 0), ("mlora", 1), ("mlora-asym", 1)):
+        A, B = torch.stack([model.start(kind, i) for i in range(3000)]).unflatten(1, (2, 2)).split(6, -1)
+        covered = (model.free(kind)[:, :6].unflatten(0, (2, 2)).any(1, True)).expand(2, 6, 6)
+        assert ((B.mT @ A).mean(0) - expected)[covered].abs().max() < 0.05
+
+
+def test_base_is_folded():
+    """A modulated layer is not s (W a + b); what is left is not the field at z = 0; nothing is learnt."""
+    model, calls = tiny_mlora(latent=3, base_epochs=30), []
+    base, factor = torch.randn(6 * 3 + 3, 7), torch.randn(12)
+    a, s = torch.randn(5, 2), (1 + factor).split(6)
+    first, *hidden, head = base.split(6)
+    expected = torch.sin(a @ first[:, :2].T + first[:, -1])
+    for scale, w in zip(s, hidden):
+        expected = torch.sin(scale * (expected @ w[:, :-1].T + w[:, -1]))
+    expected = expected @ head[:, :-1].T + head[:, -1]
+    assert apart(mlora.field(a, mlora.split_layers(mlora.modulated(base, factor), 6)), expected) < 1e-5
+
+    def spy(base, factor):
+        calls.append((factor.shape, plain(base, factor)))
+        return calls[-1][1]
+    images = torch.linspace(-1, 1, 8).view(8, 1, 1, 1) * torch.linspace(0, 1, 4).expand(8, 3, 4, 4)
+    with replaced(mlora, "modulated", spy) as plain, replaced(mlora, "LR_BASE", 3e-2):
+        decibels = mlora.train_base(model, images)
+    assert calls[-1][0] == (12,) and torch.equal(model.base, calls[-1][1]) and not model.base.requires_grad
+    assert decibels > mlora.train_base(tiny_mlora(latent=3, base_epochs=1), images) + 3
+
+
+def test_clusters_by_hand():
+    """The adjusted Rand index is another than by hand; k-means does not find planted clusters."""
+    a, b = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 1, 1, 2, 2])
+    assert np.isclose(measures.adjusted_rand(a, b), (2 - 6 * 3 / 15) / ((6 + 3) / 2 - 6 * 3 / 15))
+    assert measures.adjusted_rand(a, 1 - a) == 1
+    drawn = torch.randint(4, (2, 500))
+    assert abs(measures.adjusted_rand(*drawn)) < 0.05
+    x = 10 * torch.randn(5, 8)[torch.arange(200) % 5] + torch.randn(200, 8)
+    assert measures.adjusted_rand(measures.kmeans(x, 5, generator("planted")), torch.arange(200) % 5) == 1
+
+
+def test_planted_permutation():
+    """Components in another order are not found, though the line between then has no barrier; other differences are
+    taken for one; or putting them in order changes the picture."""
+    model, (images, _) = tiny_mlora(rank=3), batch(4, 4)
+    a = torch.stack([model.start("mlora", i) for i in range(4)])
+    orders = torch.stack([torch.randperm(3) for _ in range(8)]).view(4, 2, 3, 1)
+    for b, is_order in ((a.unflatten(1, (2, 3)).gather(2, orders.expand(4, 2, 3, 12)).flatten(1, 2), True),
+                        (a + 0.05 * torch.randn(a.shape), False)):
+        aligned = mlora.align(a, b, 3)
+        assert apart(model.show("mlora", aligned), model.show("mlora", b)) < 1e-4
+        assert torch.equal(aligned, a if is_order else b)
+        x = model.show("mlora", a)
+        before, after = (mlora.barrier(mlora.path_errors(model, "mlora", a, each, x)) for each in (b, aligned))
+        assert after < 1e-9 < before if is_order else after == before
+    assert np.isclose(mlora.barrier(torch.tensor([[0.0, 2], [3, 2], [2, 2]])), 1)     # (2 + 0) / 2
+
+
+@folder()
+def test_mlora_command():
+    """A killed run does not go on after its last kind, with the same figures; diagnostics.py does not run, or reads
+    otherwise than the report says; bad input is taken."""
+    argv = [*LOW_RANK, "--kinds", "mlora", "mlp-asym", "lora"]
+    examined = []
+
+    def killed(model, *what):
+        examined.append(what[:2])
+        if len(examined) == 3:
+            raise KeyboardInterrupt
+        plain(model, *what)
+    with quickly():
+        with replaced(mlora, "examine", killed) as plain:
+            assert command(argv, mlora.main)[0] == 130
+            for more in ([], ["--out", "whole.pt"]):
+                status, out, err = command([*argv, *more], mlora.main)
+                assert status == 0 and max(map(len, out.splitlines())) <= 110, (err, out)
+        assert len(examined) == 3 + 3 + 5 and examined[2] == examined[3]
+        found, (model, args) = report("mlora"), load_checkpoint("mlora.pt")
+        whole = report("whole")
+        assert all(found[part] == whole[part] for part in ("classify", "connect", "generate", "base_psnr"))
+        assert same(model.state_dict(), load_checkpoint("whole.pt")[0].state_dict())
+        assert set(found["classify"]) == {"pixels", "mlora", "mlora, separate", "mlp-asym", "lora", "lora, separate"}
+        assert set(found["connect"]) == {"mlora", "mlp-asym", "lora"}
+        assert set(found["generate"]) == {"mlora, Gaussian", "mlora, DDPM", "mlp-asym, Gaussian", "lora, Gaussian",
+                                          "lora, DDPM"}
+        words = shlex.split(found["command"])
+        assert mlora.read_flags([*words[2:], "--out", "other.pt"]).kinds == ["mlora", "mlp-asym", "lora"]
+        images = (test := data.load_dataset(args)[1]).signal(test.pixels)
+        decibels = mlora.psnr((model.reconstruct(images) - images).square().mean((1, 2, 3))).mean()
+        assert np.isclose(found["classify"]["mlora"]["PSNR"], float(decibels), rtol=1e-4)
+        out = diagnosed("mlora.pt")
+    result = report_in("mlora-diagnostics")["model"]
+    assert set(result["experiments"]) == {"clustering", "token-flow"} and "no bias column" in out
+    assert result["reader"] == found["classify"]["mlora"]["reader"]
+    rows = {row["coordinate"]: row["knn10"] for row in result["experiments"]["clustering"]["rows"]}
+    assert np.isclose(rows["phi - theta"], found["classify"]["mlora"]["10-NN"])
+    for more, *words in ((["--rank", 3], "mlora.pt", "another"), (["--steps", 2], "--steps"), (["--rank", 0], "--rank"),
+                         (["--kinds", "glora"], "glora"), (["--test-size", 9, "--out", "few.pt"], "9 test images")):
+        refused([*argv, *more], *words, main=mlora.main)
+
+
 # ---- claims.py -------------------------------------------------------------------------------------------------------
 
 def about(value, half=0.005) -> tuple:
@@ -2461,8 +2678,8 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr bench "
-             "claims routes diagnostics interventions").split()
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr "
+             "diffusion bench claims mlora routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
