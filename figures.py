@@ -460,3 +460,9 @@ def population_figure(path: Path, report: dict, images: str) -> bool:
               "Spearman's rho of purity and accuracy (bars: 95%)", True)
         figure.savefig(path)
     return bool(points)
+
+
+# ---- Cohort --------------------------------------------------------------------------------------
+
+def cohort_figure(path: Path, report: dict):
+    pass
