@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import checkpoint
 import claims
+import cohort
 import data
 import diagnostics
 import figures
@@ -2578,7 +2579,7 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings train pixels bench claims routes "
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings train pixels cohort bench claims routes "
              "diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
