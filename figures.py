@@ -478,13 +478,14 @@ def cohort_figure(path: Path, report: dict):
     depths, numbers = ["none", *(f"0 to {l}" for l in range(layers))], list(range(layers))
     for axis, where, why in ((axes[0], "held-out", "What transfers? PSNR on pixels not fitted"),
                              (axes[1], "fitted", "What can be trained? PSNR on fitted pixels")):
-        draw(axis, [("layers above start as trained (none: fine-tuning)", f"{where} PSNR (dB), rest kept"),
-                    ("layers above start anew (none: from scratch)", f"{where} PSNR (dB), rest new"),
-                    ("control: frozen layers untrained", f"{where} PSNR (dB), untrained")],
+        psnr = f"{where} PSNR (dB), "
+        draw(axis, [("layers above start as trained (none: fine-tuning)", psnr + "rest kept"),
+                    ("layers above start anew (none: from scratch)", psnr + "rest new"),
+                    ("control: frozen layers untrained", psnr + "untrained")],
              depths, f"{why}\nof new images, {report['flags']['fit_steps']} steps",
              "frozen layers of the encoder", "PSNR (dB; bars: 95%)")
     draw(axes[2], [("trained", "stable rank, trained"), ("untrained", "stable rank, untrained")],
-         numbers, "Is the best depth the layer of highest stable rank?\n"
+         numbers, "Is the best depth that of the highest stable rank? "
          + report["verdicts"]["best depth: highest stable rank"][0], "layer",
          "stable rank of its weights")
     controls = ("trained", "second seed", "other cohort", "untrained", "random atoms")
@@ -495,7 +496,7 @@ def cohort_figure(path: Path, report: dict):
          "layer", "mean spread (bars: 95%)")
     draw(axes[4], [(f"{encoder}, {whose}", f"likeness to {row}, {encoder}")
                    for encoder in ("trained", "untrained")
-                   for whose, row in (("its own images", "own images"), ("other images", "others"))],
+                   for whose, row in (("the cohort", "own images"), ("other images", "others"))],
          numbers, "Do atoms trace the images of the cohort?\nlargest |correlation| of an atom's "
          "map with one of the images", "layer", "mean over atoms (bars: 95%)")
     draw(axes[5], [("atom, mean image", "PSNR lost (dB), atom"),
