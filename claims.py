@@ -7,9 +7,8 @@ C3  the bias column is a route beyond its size C4  acting on the diagnosis helps
 
 A claim may come out either way. Absence of significance is never support: what is neither supported
 nor refuted is "not decided here"; what could not have come out otherwise gets no verdict, and why.
-One checkpoint's intervals are over test images and speak of it alone; three seeds speak of the
-method. Intervals are (value, low, high), 95%, shares of 1. (These are the second rules, written
-after the first reports; recorded reports of before keep the first ones' verdicts.)
+Intervals are (value, low, high), 95%, shares of 1. (These are the second rules, written after the
+first reports; recorded reports of before keep the first ones' verdicts.)
 """
 import json
 import textwrap
@@ -223,18 +222,13 @@ def route_claims(e: dict):
             "against either)")
 
 
-def content_lines(c: dict) -> list[str]:
+def content_line(c: dict) -> str:
     """What the route carries: no claim."""
-    name = next(iter(c["told"]))
-    facts = {fact: r2 for fact, r2 in c["told"][name].items() if r2 is not None}
-    best = sorted(facts, key=facts.get, reverse=True)[:4]
-    other, same = c["mediation"]
+    name, (other, same) = next(iter(c["told"])), c["mediation"]
     part = other["parts"][name]
-    return [f"four components of the {name} tell "
-            + ", ".join(f"{fact} (R2 {facts[fact]:.3f})" for fact in best),
-            f"mean colour of another class's image costs {span(other['total'], 100)} points, in "
+    return (f"mean colour of another class's image costs {span(other['total'], 100)} points, in "
             f"the {name} alone {span(part['indirect'], 100)}; share mediated "
-            f"{span(part['share'], 1, 2)}; of a same-class image {span(same['total'], 100)}"]
+            f"{span(part['share'], 1, 2)}; of a same-class image {span(same['total'], 100)}")
 
 
 def summary(model: dict) -> list[str]:
@@ -247,7 +241,7 @@ def summary(model: dict) -> list[str]:
              f"{model['test']} {model['evaluated_on']}{unfinished}{part}"]
     lines += sentences(evidence(model))
     if "content" in model["experiments"]:
-        lines += content_lines(model["experiments"]["content"])
+        lines.append(content_line(model["experiments"]["content"]))
     return [*lines, "verdicts are about this checkpoint; intervals are over test images"]
 
 

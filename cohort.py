@@ -25,10 +25,11 @@ import figures
 from checkpoint import InputError, exits, generator, save_checkpoint, seeded
 from data import load_dataset
 from measures import bootstrap, over_repeats
+from model import psnr
 from reader import Reader
-from settings import Parser, check_output, environment, find_device, flag, whole
+from settings import Parser, check_output, environment, find_device, flag, number, whole
 from siren import affine, coordinate_grid
-from train import facts, psnr, train_reader
+from train import facts, train_reader
 
 OMEGA, SIGMA = 30.0, 3.0   # SIREN: factor in the sine; FFMLP: frequencies, cycles an image
 RECIPE = {"siren": (500, 1e-3, 1e-3), "ffmlp": (1500, 3e-3, 3e-3)}   # steps, rate; new images' rate
@@ -315,11 +316,12 @@ class Cohort(nn.Module):
 
 def from_checkpoint(content, device="cpu"):
     """The model in what `read_checkpoint` returned."""
-    args, (channels, classes, _) = argparse.Namespace(**content["args"]), content["data"]
-    model = Cohort(args, Encoder(args, channels, args.seed))
-    model.reader = Reader(sum(map(len, model.start)), args.width, len(classes), args.width + 1,
-                          args.reader_depth, args.head_dim, args.mlp_ratio, args.token_scale)
-    model.load_state_dict(content["model"])
+    args, state = argparse.Namespace(**content["args"]), content["model"]
+    model = Cohort(args, Encoder(args, content["data"][0], args.seed))
+    model.reader = Reader(len(state["reader.beta"]), args.width, len(state["reader.head.bias"]),
+                          args.width + 1, args.reader_depth, args.head_dim, args.mlp_ratio,
+                          args.token_scale)
+    model.load_state_dict(state)
     return model.to(device)
 
 
@@ -415,18 +417,21 @@ FLAGS = {                  # name: type, default, help
     "device": (str, "auto", "auto: CUDA if there is one"),
     "out": (str, "cohort.pt", "checkpoint; *.json and *.png are written beside it")}
 READER = dict(reader_depth=3, head_dim=32, mlp_ratio=1, epochs=15, batch_size=16, lr=3e-3,
-              weight_decay=1e-4, save_minutes=5.0, workers=0, val=False)       # as train.py's flags
+              weight_decay=1e-4, save_minutes=5.0)
 
 
 def read_flags(argv: list[str] | None):
     p = Parser(prog="cohort.py", description=__doc__.split("\n\n")[0])
     for name, (kind, default, text) in FLAGS.items():
         p.add_argument(flag(name), type=kind, default=default, help=f"{text} ({default})")
-    args = argparse.Namespace(**vars(p.parse_args(argv)), **READER)
+    for name, value in READER.items():
+        p.add_argument(flag(name), type=number(0, kind=type(value)), default=value,
+                       help=f"the reader's, as train.py has it ({value})")
+    args = argparse.Namespace(**vars(p.parse_args(argv)), val=False, workers=0)
     if args.backbone not in RECIPE:
         raise InputError(f"--backbone {args.backbone}: neither siren nor ffmlp")
-    if args.width % READER["head_dim"]:
-        raise InputError(f"--width {args.width}: not a multiple of {READER['head_dim']}")
+    if args.width % args.head_dim:
+        raise InputError(f"--head-dim {args.head_dim} does not divide --width {args.width}")
     if (args.freeze or 0) >= args.layers:
         raise InputError(f"--freeze {args.freeze}: there is no such layer")
     if args.train_size < 2 * args.images + NEW:

@@ -5,7 +5,6 @@ augmentation.
     for images, labels in train.batches(torch.randperm(len(train)).split(16), "cpu"):
         values = train.signal(images)           # uint8 (N, C, size, size) -> [-1, 1]
 """
-import contextlib
 import math
 import os
 import signal
@@ -104,9 +103,7 @@ class Images(torch.utils.data.Dataset):
 def stack(samples: list[Tensor | str]) -> Tensor | str:
     """A batch of decoded images; the path of one that could not be decoded."""
     broken = [sample for sample in samples if isinstance(sample, str)]
-    if broken:
-        return broken[0]
-    return torch.stack(samples) if samples else torch.empty(0)
+    return broken[0] if broken else torch.stack(samples)
 
 
 def leave_signals_to_the_parent(_worker: int):
@@ -148,15 +145,10 @@ FILES = {"cifar10": ("CIFAR10", "cifar-10-batches-py (cifar-10-python.tar.gz unp
 def read_torchvision(name: str, root: str) -> dict[str, Images]:
     from torchvision import datasets
     kind, files = FILES[name]
-    folders = [Path(root, kind, "raw"), Path(root, kind), Path(root)]
-    new = [folder for folder in folders if not folder.exists()]
     try:
         sets = {split: getattr(datasets, kind)(root, train=split == "train", download=True)
                 for split in ("train", "test")}
     except Exception as error:     # network, disk and format errors of many types
-        for folder in new:         # torchvision made them before it found nothing to download
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"--dataset {name}: not in {root} and not to be downloaded ({reason}); "
                          f"put {files} into {root}, or name another --data-root") from error
@@ -194,13 +186,9 @@ def read_folder(root: str, size: int) -> dict[str, Images]:
 
 
 def load_dataset(args, device="cpu", train: bool = True) -> tuple[Images, Images]:
-    """(train, test) of args.dataset, cut and split as args say, on the device where they fit;
-    train=False leaves the training images where they are.
-
-    With args.val the second is that share of the training set, held out of the first. Uses
-    args.dataset, data_root, size, train_size, test_size, val, workers. InputError: data that are
-    missing or cannot be used.
-    """
+    """(train, test) of args.dataset, data_root, size, train_size, test_size, workers; with args.val
+    test is that share of the training set. On the device where they fit; train=False leaves the
+    training images where they are. InputError: data that are missing or cannot be used."""
     if args.dataset == "digits":
         found = read_digits()
     elif args.dataset in SIZE:
@@ -217,9 +205,9 @@ def load_dataset(args, device="cpu", train: bool = True) -> tuple[Images, Images
                  "test": images.take(held_out.nonzero().flatten())}
     for split, count in (("train", args.train_size), ("test", args.test_size)):
         images = found[split]
-        if count is not None:
-            if count > len(images):
-                raise InputError(f"--{split}-size {count}: there are only {len(images)} images")
+        if count and count > len(images):
+            raise InputError(f"--{split}-size {count}: there are only {len(images)} images")
+        if count:
             images = images.take(stratified_sample(images.labels, count))
         if images.pixels is not None and images.size != args.size:
             from torchvision.transforms.functional import resize

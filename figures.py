@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 LINES = ("C0o-", "C1s--", "C2^-.", "C3d:", "C4x-", "C5P--")
 MARKERS = "os^dvP*X<"
@@ -35,10 +34,8 @@ def panels(draws: list[tuple]) -> Figure:
     columns = min(2, len(draws))
     rows = math.ceil(len(draws) / columns)
     figure, axes = canvas(rows, columns, 6.5 * columns, 4.6 * rows)
-    for axis, (draw, *arguments) in zip(axes, draws):
+    for axis, (draw, *arguments) in itertools.zip_longest(axes, draws, fillvalue=(note, "")):
         draw(axis, *arguments)
-    for axis in axes[len(draws):]:
-        axis.axis("off")
     return figure
 
 
@@ -85,18 +82,18 @@ def lines(axis, rows: list[dict], series: list[tuple]):
     place_axis(axis, [row["stage"] for row in rows])
     for key, style, name in series:
         if rows[-1].get(key) is not None:
-            there = [i for i, row in enumerate(rows) if row.get(key) is not None]
-            y = [100 * rows[i][key] for i in there]
-            axis.plot(there, y, style, markersize=4, label=name)
+            x, y = zip(*((i, 100 * row[key]) for i, row in enumerate(rows)
+                         if row.get(key) is not None))
+            axis.plot(x, y, style, markersize=4, label=name)
 
 
 def curves(axis, points: list[tuple], factor: float = 1):
     """Points (name, place, interval): a line for each name, a little side by side."""
-    places, series = list(dict.fromkeys(place for _, place, _ in points)), {}
-    for name, place, interval in points:
-        series.setdefault(name, []).append((places.index(place), interval))
-    for k, ((name, mine), style) in enumerate(zip(series.items(), itertools.cycle(LINES))):
-        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(series) - 1) / 2)
+    places = list(dict.fromkeys(place for _, place, _ in points))
+    names = list(dict.fromkeys(name for name, *_ in points))
+    for k, (name, style) in enumerate(zip(names, itertools.cycle(LINES))):
+        mine = [(places.index(place), interval) for n, place, interval in points if n == name]
+        x = np.array([i for i, _ in mine]) + 0.07 * (k - (len(names) - 1) / 2)
         y, error = whiskers([interval for _, interval in mine], factor)
         axis.errorbar(x, y, yerr=error, fmt=style, markersize=4, elinewidth=0.8, capsize=2,
                       label=textwrap.fill(name, 32))
@@ -125,42 +122,39 @@ def training_figure(path: Path, report: dict, shown: dict):
 
     shown: {"stages": inner steps, 0 is the anchor; "images": (n, C, h, w) in [-1, 1]; "shown":
     (stages, n, C, h, w); "psnr": (stages, n) in dB; "classes", "guesses": n names each}."""
-    stages, count = shown["stages"], len(shown["images"])
-    size = max(9, 1.4 * (len(stages) + 1)), 2.7 + 1.8 * count
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    titles = [*(f"step {j}" if j else "anchor" for j in shown["stages"]), "image"]
+    count, columns = len(shown["images"]), len(titles)
+    figure = Figure((max(9, 1.4 * columns), 2.7 + 1.8 * count), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[2.7, 1.8 * count])
     learning_curves(top.subplots(1, 3), report)
-    grid = bottom.subplots(count, len(stages) + 1, squeeze=False)
-    for axis, j in zip(grid[0], stages):
-        axis.set_title(f"step {j}" if j else "anchor", fontsize=9)
-    grid[0][-1].set_title("image", fontsize=9)
+    grid = bottom.subplots(count, columns, squeeze=False)
+    for axis, title in zip(grid[0], titles):
+        axis.set_title(title, fontsize=9)
     for i, row in enumerate(grid):
         for axis, images, decibels in zip(row, shown["shown"], shown["psnr"]):
             picture(axis, images[i], f"{decibels[i]:.1f} dB")
-        known, guess = shown["classes"][i], shown["guesses"][i]
-        verdict = "right" if guess == known else "wrong"
-        picture(row[-1], shown["images"][i], f"{known}\nread as {guess} ({verdict})")
+        text = f"{shown['classes'][i]}\nread as {shown['guesses'][i]}"
+        picture(row[-1], shown["images"][i], text)
     figure.savefig(path)
 
 
 def learning_curves(axes, report: dict):
-    rows = report["epochs"]
+    epochs = [row["epoch"] for row in report["epochs"]]
     held = "val" if "validation" in report["evaluated_on"] else "test"
-    for axis, quantity, keys, factor in zip(
-            axes, ("class loss (nats)", "accuracy (%)", "PSNR (dB)"),
-            (["loss"], ["train_accuracy", "test_accuracy"], ["train_psnr", "test_psnr"]),
-            (1, 100, 1)):
-        for key, style, name in zip(keys, ("C0.--", "C1.-"), ("train", held)):
-            x, y = [row["epoch"] for row in rows], [factor * row[key] for row in rows]
-            axis.plot(x, y, style, label=name)
+    for axis, quantity, keys, factor in (
+            (axes[0], "class loss (nats)", {"train": "loss"}, 1),
+            (axes[1], "accuracy (%)", {"train": "train_accuracy", held: "test_accuracy"}, 100),
+            (axes[2], "PSNR (dB)", {"train": "train_psnr", held: "test_psnr"}, 1)):
+        for (name, key), style in zip(keys.items(), ("C0.--", "C1.-")):
+            y = [factor * row[key] for row in report["epochs"]]
+            axis.plot(epochs, y, style, label=name)
         label(axis, "", "epoch", quantity, True)
-        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def picture(axis, image: np.ndarray, text: str):
     """image: (C, h, w) in [-1, 1], C is 1 or 3."""
     image = (image.clip(-1, 1).transpose(1, 2, 0) + 1) / 2                     # (h, w, C)
-    axis.imshow(image.repeat(3 // image.shape[2], 2), interpolation="nearest")
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
     axis.set_xlabel(text, fontsize=8, parse_math=False)                # a class may be called "$"
     axis.set_xticks([])
     axis.set_yticks([])
@@ -178,10 +172,6 @@ def cost_figure(path: Path, report: dict):
         axes[0].loglog(gflop, [np.median(row["ms"]) for row in rows], style, label=name)
         axes[1].loglog(gflop, memory, style, label=name)
     for axis, y in zip(axes, ("median time of a step (ms)", "peak memory (GiB)")):
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-            scale.set_major_formatter("{x:g}")
-        axis.minorticks_off()
         label(axis, f"A training step; {report['device']}", "counted GFLOP a step", y, True)
     figure.savefig(path)
 
@@ -356,7 +346,7 @@ def summary_figure(path: Path, model: dict):
     figure.savefig(path)
 
 
-# ---- Several models; a sweep's figures return whether there was anything to draw -----------------
+# ---- Several models ------------------------------------------------------------------------------
 
 def models_figure(path: Path, result: dict):
     """Purity against accuracy, and which stage's purity goes with accuracy."""
@@ -390,76 +380,33 @@ def purity_points(axis, points: list[tuple]):
                       capsize=2, label=name if names.index(name) == i else None)
 
 
-def lanes_figure(path: Path, report: dict, images: str) -> bool:
-    """Accuracy of each lane less its rivals'. images: what one seed's intervals are over."""
-    groups = {"over_seeds": [], "over_images": []}
-    for each in report["differences"]:
-        groups["over_seeds" if each["over_seeds"] else "over_images"].append(each)
-    groups = {over: rows for over, rows in groups.items() if rows}
-    if groups:
-        heights = [4 + len(rows) for rows in groups.values()]
-        figure, axes = canvas(len(groups), 1, 8, 0.28 * sum(heights), height_ratios=heights)
-        for axis, (over, rows) in zip(axes, groups.items()):
-            dots(axis, [(f"{each['lane']} - {each['minus']} (n = {each['seeds']})", each[over],
-                         "C1s" if "@" in each["minus"] else "C0o") for each in rows])
-            what = "n seeds" if over == "over_seeds" else f"{images} of one seed"
-            label(axis, f"Intervals over {what}\nsquare: less the baseline of its compute",
-                  "difference of accuracy (points; bars: 95%)")
-        figure.savefig(path)
-    return bool(groups)
+def contrasts_figure(path: Path, found: dict):
+    """Differences or effects {name: row} by their two kinds of interval, a panel each."""
+    kinds = {"over_seeds": "Intervals over n seeds: what the method does",
+             "over_images": "Intervals over the images of one seed: its models alone"}
+    kinds = {key: title for key, title in kinds.items() if any(row[key] for row in found.values())}
+    size = 3 + 5 * len(kinds), 1.8 + 0.28 * len(found)
+    figure, axes = canvas(1, len(kinds), *size, sharey=True)
+    for axis, (key, title) in zip(axes, kinds.items()):
+        dots(axis, [(f"{name} (n = {len(row['gains'])})", row[key] or (math.nan,) * 3, "C0o")
+                    for name, row in found.items()])
+        label(axis, title, "difference of accuracy (points; bars: 95%)")
+    figure.savefig(path)
 
 
-def clusters_figure(path: Path, report: dict, images: str) -> bool:
+def clusters_figure(path: Path, lanes: list[dict]):
     """Purity of phi - theta against accuracy as the weight of a loss grows."""
-    series = []
-    for key, loss, without, prefix in (
-            ("w_task", "class loss", ("baseline", "wt"), "task"),
-            ("w_cluster", "contrastive loss\nhollow: random labels", ("baseline64",), "cluster")):
-        rows = [row for row in report["lanes"] if "+" not in row["lane"] and (
-            row["lane"] in without or row["lane"].startswith(prefix))]
-        if len(rows) > 1:
-            series.append((key, loss, sorted(rows, key=lambda row: (row[key], row["lane"]))))
-    if series:
-        figure, axes = canvas(1, len(series), 5.5 * len(series), 4.6, sharey=True)
-        for axis, (key, loss, rows) in zip(axes, series):
-            purity_points(axis, [(f"{row['lane']}, n = {row['n']}", row["purity"], row["reader"],
-                                  "random" not in row["lane"]) for row in rows])
-            label(axis, f"{key}: weight of the {loss}", PURITY,
-                  "reader accuracy (%; bars: sd over n seeds)", True)
-        figure.savefig(path)
-    return bool(series)
-
-
-def factorial_figure(path: Path, report: dict, images: str) -> bool:
-    """Route, bias and dense, alone and together."""
-    found = report["factorial"]
-    if found:
-        figure, (axis,) = canvas(1, 1, 8, 4.4)
-        dots(axis, [(name, interval,
-                     "C2D" if "additive" in name else "C1s" if " x " in name else "C0o")
-                    for name, interval in found["accuracy"].items()])
-        over = f"{found['seeds']} seeds" if found["seeds"] > 1 else f"{images}, one seed"
-        label(axis, "Do gains add up? circle: main effect; square: interaction;\n"
-              "diamond: measured - (baseline + single gains)",
-              f"accuracy (points; bars: 95%, over {over})")
-        figure.savefig(path)
-    return bool(found)
-
-
-def population_figure(path: Path, report: dict, images: str) -> bool:
-    """Which stage's purity goes with accuracy, over models that differ in one loss's weight."""
-    points = [(f"{name}: {each['models']} models, {each['settings']} weights", stage, rho)
-              for name, each in report["regimes"].items()
-              for stage, rho in each["correlations"].items()]
-    if points:
-        figure, (axis,) = canvas(1, 1, 8, 4.8)
-        curves(axis, points)
-        axis.axhline(0, color="black", linewidth=0.8)
-        label(axis, "Does purity go with accuracy? No claim: near the head\n"
-              "purity restates accuracy (below 5 weights no bars)", "stage (mean token)",
-              "Spearman's rho of purity and accuracy (bars: 95%)", True)
-        figure.savefig(path)
-    return bool(points)
+    figure, axes = canvas(1, 2, 11, 4.6, sharey=True)
+    for axis, loss, start, without in (
+            (axes[0], "class loss", "task", ("baseline", "wt")),
+            (axes[1], "contrastive loss\nhollow: random labels", "cluster", ("baseline64",))):
+        rows = [row for row in lanes if "+" not in row["lane"] and (
+            row["lane"] in without or row["lane"].startswith(start))]
+        purity_points(axis, [(f"{row['lane']}, n = {row['n']}", row["purity"], row["reader"],
+                              "random" not in row["lane"]) for row in rows])
+        label(axis, f"Lanes with another weight of the {loss}", PURITY,
+              "reader accuracy (%; bars: sd over n seeds)", bool(rows))
+    figure.savefig(path)
 
 
 # ---- Cohort --------------------------------------------------------------------------------------

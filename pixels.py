@@ -13,7 +13,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -47,7 +46,7 @@ class Pixels(nn.Module):
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()
-        self.size, self.channels = args.size, channels
+        self.size = args.size
         self.side, self.together = choose_patch(args.depth * args.width, args.size, channels)
         tokens = (args.size // self.side) ** 2 * channels // self.together
         self.filled = self.together * self.side ** 2           # numbers of a token that are pixels
@@ -56,19 +55,13 @@ class Pixels(nn.Module):
         self.read, self.trace = self.reader.forward, self.reader.trace
 
     def fit(self, images: Tensor) -> Tensor:
-        """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one
-        each, then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
+        """Images (N, C, size, size) -> patches (N, T, D), channel by channel where they have one,
+        then row by row. Zeros make them as long as a neuron's row: the reader is the weights'
         own, and its offsets beta have room to say where a patch is, apart from its grey levels."""
         planes = images.reshape(-1, self.together, self.size, self.size)
         patches = F.unfold(planes, self.side, stride=self.side).mT.reshape(
             len(images), -1, self.filled)
         return F.pad(patches, (0, self.reader.beta.shape[1] - self.filled))
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """What the patches show of images: the same, exactly."""
-        planes = len(images) * self.channels // self.together
-        patches = self.fit(images)[..., :self.filled].reshape(planes, -1, self.filled).mT
-        return F.fold(patches, self.size, self.side, stride=self.side).view_as(images)
 
     def parts(self) -> dict[str, Tensor]:
         return {}                  # no number of a patch is a bias
@@ -83,31 +76,20 @@ def from_checkpoint(content: dict, device="cpu") -> Pixels:
     return model.to(device)
 
 
-def count_flops(reader: Reader) -> int:
-    """FLOPs of an image's matrix products, forward and backward (a multiply-add is two)."""
-    reader = copy.deepcopy(reader).to("meta")
+def count_flops(model: nn.Module, *inputs: Tensor) -> int:
+    """FLOPs (a multiply-add is two) of the matrix products of model(*inputs), forward and backward,
+    counted on copies without memory."""
+    model, inputs = copy.deepcopy(model).to("meta"), [x.to("meta") for x in inputs]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, \
             sdpa_kernel(SDPBackend.MATH):
-        reader(torch.empty(1, *reader.beta.shape)).sum().backward()
+        model(*inputs).sum().backward()
     return counter.get_total_flops()
 
 
 # ---- Its recipe ----------------------------------------------------------------------------------
 
-def choose(start: dict, accuracy) -> dict:
-    """The setting of the highest accuracy(setting), from `start` on one flag after the other."""
-    # The rate first: where it is too low nothing is learnt, whatever the spread.
-    grid = {"lr": [start["lr"] * factor for factor in (1, 1 / 3, 3, 10)],
-            "spread": [start["spread"], 0.1, 0.3, 1.0],
-            "epochs": [start["epochs"] * factor for factor in (1, 3)]}
-    best = start
-    for key, values in grid.items():
-        best = max([best | {key: value} for value in values], key=accuracy)
-    return best
-
-
-def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
-    """The chosen setting; every trial is added to `trials`, then write() is called."""
+def choose(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
+    """The best setting on a held-out fifth of the training images, one flag after the other."""
     held = torch.zeros_like(fits.labels, dtype=torch.bool)
     held[stratified_sample(fits.labels, max(1, len(held) // 5))] = True
     rest, held = (Fits(*(x[rows] for x in fits)) for rows in (~held, held))
@@ -118,15 +100,20 @@ def try_settings(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
                 return trial["held_out"]
         path = Path(args.out).with_suffix(f".trial{len(trials) + 1}.pt")
         metrics = train_on(rest, held, args, **setting, out=str(path), val=0.2)
-        trials.append(setting | {"held_out": metrics["test_accuracy"],
-                                 "training": metrics["epochs"][-1]["train_accuracy"]})
+        trials.append(setting | {"held_out": metrics["test_accuracy"]})
         write()
         path.unlink()
-        print("spread {spread:g}, lr {lr:.3g}, {epochs} epochs: {held_out:.2%} held out, "
-              "{training:.2%} in training".format(**trials[-1]), flush=True)
+        print(f"{setting}: {metrics['test_accuracy']:.2%} held out", flush=True)
         return metrics["test_accuracy"]
 
-    return choose({key: vars(args)[key] for key in ("spread", "lr", "epochs")}, accuracy)
+    # The rate first: where it is too low nothing is learnt, whatever the spread.
+    grid = {"lr": [args.lr * factor for factor in (1, 1 / 3, 3, 10)],
+            "spread": [args.spread, 0.1, 0.3, 1.0],
+            "epochs": [args.epochs * factor for factor in (1, 3)]}
+    best = {key: vars(args)[key] for key in grid}
+    for key, values in grid.items():
+        best = max([best | {key: value} for value in values], key=accuracy)
+    return best
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -139,7 +126,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--choose", action="store_true", help="try settings around those given")
     given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
     for name in given.keys() - {*USED, "spread", "choose"}:
-        raise InputError(f"{settings.flag(name)}: means nothing to patches of pixels")
+        raise InputError(f"{settings.flag(name)}: means nothing to pixels")
     args = vars(settings.settings(given))
     settings.check_output(argparse.Namespace(out=args["out"], resume=True))
     return argparse.Namespace(**{key: args[key] for key in (*USED, "token_scale", *given)})
@@ -154,7 +141,7 @@ def open_report(args, path: Path) -> dict:
         report = json.loads(path.read_text())
         if report["flags"] == flags:
             return report
-    raise InputError(f"--out {args.out}: it or {path} is of another command; choose another")
+    raise InputError(f"--out {args.out}: it or {path} is of another command")
 
 
 def run(argv: list[str] | None):
@@ -162,10 +149,10 @@ def run(argv: list[str] | None):
     path, device = Path(args.out).with_suffix(".json"), settings.find_device(args.device)
     report, (images, test) = open_report(args, path), load_dataset(args, device)
     model = Pixels(args, images.channels, len(images.classes))
-    tokens, flops = len(model.reader.beta), count_flops(model.reader)
+    tokens = len(model.reader.beta)
+    flops = count_flops(model.reader, model.reader.beta.detach()[None])
     report |= {"tokens": tokens, "flops_an_image": flops} | settings.environment(device)
-    print(f"{len(images)} images to train on, {len(test)} to evaluate on; {tokens} tokens of "
-          f"{model.filled} pixels; {flops / 1e9:.3f} GFLOP an image, forward and backward")
+    print(f"{tokens} tokens of {model.filled} pixels, {flops / 1e9:.3f} GFLOP an image")
 
     def fitted(images) -> Fits:
         x, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
@@ -177,14 +164,12 @@ def run(argv: list[str] | None):
         return read_checkpoint(args.out)["metrics"]
 
     def write():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
+        path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
 
     write()
     fits = fitted(images)
     if args.choose:
-        best = try_settings(args, fits, train_on, report["trials"], write)
+        best = choose(args, fits, train_on, report["trials"], write)
         args = argparse.Namespace(**vars(args) | best | {"choose": False})
     report |= train_on(fits, fitted(test), args)
     report["command"] = settings.command_line(args, "pixels")

@@ -2,16 +2,12 @@
 Gemert, CVPR 2025).
 
 A token is one hidden neuron: its row of phi - theta, `width` incoming weights and then the bias.
-With beta a learned offset for every entry and lambda the token scale,
+With beta a learned offset (the only positional embedding) and lambda the token scale,
 
     x = W_in (lambda (tokens + beta)) + b_in,    x <- x + attention(x),    x <- x + mlp(x),  ...
     logits = head(mean over tokens of x)
 
-Attention and MLP are pre-norm with LayerScale (Touvron et al., ICCV 2021); beta is the only
-positional embedding. `RoutedReader` adds what the interventions ask for.
-
-    reader = Reader(num_tokens=512, width=128, classes=10)
-    logits = reader(tokens)                                     # tokens (N, 512, 129)
+    logits = Reader(num_tokens=512, width=128, classes=10)(tokens)    # tokens (N, 512, 129)
 """
 import torch
 import torch.nn as nn
@@ -30,14 +26,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.layer_scale = nn.Parameter(torch.full((width,), 0.1))
 
-    def heads(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values, each (N, heads, T, head_dim)."""
-        return [y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                for y in self.qkv(self.norm(x)).chunk(3, dim=-1)]
-
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
         """asking: only the first so many rows ask; all are asked."""
-        q, k, v = self.heads(x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (N, heads, T, head_dim)
+                   for y in self.qkv(self.norm(x)).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q[:, :, :asking], k, v)
         return self.layer_scale * self.out(y.transpose(1, 2).flatten(2))
 
@@ -68,8 +60,7 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 
 class Reader(nn.Module):
-    """Parameters: beta (num_tokens, features), embed, blocks, head. token_scale: lambda, or 0, as
-    `scaled` says."""
+    """Parameters: beta (num_tokens, features), embed, blocks, head. token_scale: as in `scaled`."""
 
     def __init__(self, num_tokens: int, width: int, classes: int, features: int | None = None,
                  depth=10, head_dim=64, mlp_ratio=1, token_scale=500.0):
@@ -89,11 +80,11 @@ class Reader(nn.Module):
         return self.embed(scaled(tokens + self.beta, self.token_scale))
 
     def conclude(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """The last state x (N, T, width) -> logits (N, classes); a branch reads the tokens too."""
+        """The last state x (N, T, width) -> logits (N, classes)."""
         return self.head(x.mean(dim=1))
 
     def forward(self, tokens: Tensor, *more) -> Tensor:
-        """tokens (N, T, features) -> logits (N, classes); more: what `conclude` takes besides."""
+        """tokens (N, T, features) -> logits (N, classes); more: what else `conclude` takes."""
         x = self.input_map(tokens)
         for block in self.blocks:
             x = x + block(x)
@@ -110,8 +101,7 @@ class Reader(nn.Module):
 
 
 class Branch(nn.Module):
-    """Features (N, d) -> logits (N, classes), zero at the start: training starts from the reader
-    alone."""
+    """Features (N, d) -> logits (N, classes), zero at the start: the reader starts alone."""
 
     def __init__(self, features: int, width: int, classes: int, scale: float):
         super().__init__()
@@ -126,17 +116,17 @@ class Branch(nn.Module):
 
 
 class RoutedReader(Reader):
-    """A Reader with more at its end. readout: so many learned queries, added to the mean over
-    tokens, gather the tokens in two blocks of class attention (Touvron et al., ICCV 2021), where
-    they alone ask, of themselves and the tokens. branch: a small network past the blocks adds
-    logits; it sees the tokens' "bias" column or "column:N", or the "colour", an image's mean (N,
-    channels), which `forward` then takes too."""
+    """A Reader with more at its end, for the interventions. readout: so many learned queries, added
+    to the mean token, gather the tokens in two blocks of class attention (Touvron et al., ICCV
+    2021), where they alone ask, of themselves and the tokens. branch: a small network adds logits,
+    of the tokens' "bias" column or "column:N", or of the "colour", an image's mean (N, channels),
+    which `forward` then takes too."""
 
     def __init__(self, num_tokens, width, classes, features=None, depth=10, head_dim=64,
                  mlp_ratio=1, token_scale=500.0, readout=0, branch=None, channels=3):
         super().__init__(num_tokens, width, classes, features, depth, head_dim, mlp_ratio,
                          token_scale)
-        self.arguments += (readout, branch, channels)
+        self.arguments += readout, branch, channels
         self.queries = nn.Parameter(0.02 * torch.randn(readout, width)) if readout else None
         self.gather = make_blocks(2 if readout else 0, width, head_dim, mlp_ratio)
         self.column, self.branch, self.takes_colour = None, None, branch == "colour"
@@ -163,6 +153,6 @@ class RoutedReader(Reader):
         """As `Reader.trace`, then the queries after each sub-block that gathers."""
         logits, states = super().trace(tokens)
         if self.queries is not None:
-            names = ("gather 1", "queries 1", "gather 2", "queries 2")
-            states += zip(names, self.gathered(states[-1][1]))
+            states += zip(("gather 1", "queries 1", "gather 2", "queries 2"),
+                          self.gathered(states[-1][1]))
         return logits, states

@@ -20,7 +20,7 @@ from data import stratified_sample
 from measures import (bootstrap, chance, crossed, effective_rank, over_repeats, paired_bootstrap,
                       principal, regression)
 
-BLOCK = 256                # images that go through a model at once
+BLOCK = 128                # images that go through a model at once
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import platform
 import random
 import shlex
 import shutil
@@ -107,10 +106,15 @@ def same(a: dict, b: dict) -> bool:
     return list(a) == list(b) and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
+def tiny_settings(**changed) -> argparse.Namespace:
+    tiny = dict(dataset="cifar10", size=6, width=8, depth=2, steps=3, reader_depth=2, head_dim=4)
+    return settings.settings(tiny | changed)
+
+
 def tiny_model(inner=None, classes=4, **changed) -> train.MWT:
     """inner: a function in place of the closed form of the inner gradient."""
-    tiny = dict(dataset="cifar10", size=6, width=8, depth=2, steps=3, reader_depth=2, head_dim=4) | changed
-    model = train.MWT(settings.settings(tiny), 1 if tiny["dataset"] == "digits" else 3, classes)
+    args = tiny_settings(**changed)
+    model = train.MWT(args, 1 if args.dataset == "digits" else 3, classes)
     if inner:
         model.siren.loss_and_grad = types.MethodType(inner, model.siren)
     return model
@@ -277,7 +281,6 @@ def test_pixels_drawn():
 
 @float64()
 def test_reader_by_hand():
-    """It is not input map, pre-norm attention and MLP each with LayerScale and residual, mean over tokens, head."""
     tokens, reader = torch.randn(2, 10, 7), Reader(10, 6, 4, depth=1, head_dim=3, token_scale=50.0)
     attention, mlp = reader.blocks
     assert all((block.layer_scale == 0.1).all() for block in reader.blocks)
@@ -306,7 +309,6 @@ def test_reader_by_hand():
 
 @float64()
 def test_readout_and_branches_by_hand():
-    """Queries are not two blocks of class attention, or a branch reads another column, or is not silent at first."""
     tokens, colour = torch.randn(3, 10, 7), torch.rand(3, 3)
     reader = RoutedReader(10, 6, 4, depth=1, head_dim=3, readout=2)
     logits, trace = reader.trace(tokens)
@@ -331,7 +333,6 @@ def test_readout_and_branches_by_hand():
 
 
 def test_parameter_counts():
-    """The models are not of the sizes in the paper's Table 4."""
     siren = Siren(2, 3, width=128, depth=4)
     parts = (siren, MetaSGD(siren, steps=6)), (Reader(4 * 64, 64, 10, depth=10),), (Reader(4 * 128, 128, 10, depth=5),)
     counts = [sum(p.numel() for part in each for p in part.parameters()) for each in parts]
@@ -371,7 +372,7 @@ def test_bad_checkpoints():
     Path("half.pt").write_bytes(whole[:len(whole) // 2])
     torch.save(Evil(), "evil.pt")
     nan = {k: v * math.nan for k, v in content["model"].items()}
-    words = dict.fromkeys(("half", "evil"), "damaged")
+    words = {"half": "damaged", "evil": "damaged"}
     for name, change, words[name] in (
             ("other", {"format": None}, "not a checkpoint"), ("future", {"version": 99}, "version 99"),
             ("part", {"model": None}, "no model"), ("nan", {"model": nan}, "not finite"),
@@ -410,15 +411,13 @@ def test_image_files_of_every_mode():
     from PIL import Image
     ramp = np.linspace(0, 255, 24 * 20).reshape(20, 24).astype(np.uint8)
     colour = np.stack([ramp, ramp.T.reshape(20, 24), 255 - ramp], -1)
-    for mode in ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK"):
-        Image.fromarray(colour).convert(mode).save(mode + (".jpg" if mode == "CMYK" else ".png"))
-    for name, pixels in (("deep.png", ramp.astype(np.uint16) * 257), ("deep.tif", ramp.astype(np.int32) * 257),
-                         ("shallow.png", ramp)):
+    for mode in ("RGB", "L", "RGBA", "P", "LA", "1"):
+        Image.fromarray(colour).convert(mode).save(mode + ".png")
+    for name, pixels in (("deep.png", ramp.astype(np.uint16) * 257), ("shallow.png", ramp)):
         Image.fromarray(pixels).save(name)
-    decoded = {path.name: data.decode(path, 16).float() for path in Path().iterdir()}
-    assert len(decoded) == 10 and all(x.shape == (3, 16, 16) and x.std() > 20 for x in decoded.values())
-    assert all((decoded[name] - decoded["shallow.png"]).abs().max() <= 1 for name in ("deep.png", "deep.tif"))
-    assert torch.equal(decoded["RGBA.png"], decoded["RGB.png"])
+    decoded = {path.stem: data.decode(path, 16).float() for path in Path().iterdir()}
+    assert len(decoded) == 8 and all(x.shape == (3, 16, 16) and x.std() > 20 for x in decoded.values())
+    assert (decoded["deep"] - decoded["shallow"]).abs().max() <= 1 and torch.equal(decoded["RGBA"], decoded["RGB"])
 
 
 @folder()
@@ -448,8 +447,7 @@ def test_torchvision_files():
     found, test = data.load_dataset(settings.settings({"dataset": "fashion_mnist"}))
     assert found.pixels.shape == (40, 1, 28, 28) and len(found.classes) == 10
     assert torch.equal(test.pixels[:, 0], torch.from_numpy(images)) and test.labels.tolist() == labels.tolist()
-    small, _ = data.load_dataset(settings.settings({"dataset": "fashion_mnist", "size": 14}))
-    assert small.pixels.shape == (40, 1, 14, 14)
+    assert data.load_dataset(settings.settings({"dataset": "fashion_mnist", "size": 14}))[0].size == 14
 
 
 def test_augmentation_at_low_resolution():
@@ -487,7 +485,6 @@ def test_bad_data():
     import torchvision
 
     def no_network(self):
-        os.makedirs(self.raw_folder)
         raise RuntimeError("no network\nhere")
     with replaced(torchvision.datasets.MNIST, "download", no_network):
         refused(["--dataset", "mnist", "--data-root", "empty"], "empty", "MNIST/raw", "no network here")
@@ -497,7 +494,11 @@ def test_bad_data():
     refused(["--dataset", "other", "--batch-size", "4"], "other", "c, d")
     Path("other/test/d").rename("other/test/c")
     Path("other/train/b/005.png").write_bytes(b"not an image")
-    refused("--dataset other --size 8 --batch-size 4 --workers 0".split(), "other/train/b/005.png", "decoded")
+    argv = [*TINY, *"--dataset other --size 8 --batch-size 4 --train-size 36 --test-size 9".split()]
+    refused(argv, "other/train/b/005.png")
+    with replaced(data, "RESIDENT_BYTES", 0):                      # met while training
+        status, _, err = command([*argv, "--workers", 2])
+    assert status == 2 and err.count("\n") == 1 and "other/train/b/005.png" in err, err
 
 
 # ---- settings.py ---------------------------------------------------------------------------------
@@ -520,7 +521,7 @@ def test_bad_values():
         --epochs 0.5 = --epochs; --epochs nan = --epochs; --cluster-random = --w-cluster
         --lr nan = --lr; --head-dim 5 = --head-dim; --batch-size 5000 = 1437
         --train-size 9999 = 1437; --device tpu9 = --device; --precision fp8 = --precision; --steps-test 9 = --shared-lr
-        --out nowhere/out.pt = nowhere; --out out.txt = .pt; --out dir.pt = dir.pt; --out precious.pt = overwrite
+        --out nowhere/out.pt = nowhere; --out out.txt = .pt; --out dir.pt = dir.pt; --out precious.pt = precious.pt
         --no-such-flag = --no-such-flag; --dataset no/such/folder = no/such/folder; --dataset = --dataset
         --eval-only = --ckpt; --ckpt out.pt = --eval-only; --eval-only --ckpt gone.pt = gone.pt; --resume = out.pt
         --init-from gone.pt = gone.pt; --branch column:64 = column; --branch weight = --branch
@@ -533,16 +534,6 @@ def test_bad_values():
 
 
 # ---- train.py: the model -------------------------------------------------------------------------
-
-def test_what_a_model_looks_at():
-    """Evaluation does not always draw the same pixels for all images, or training does not draw each image its own."""
-    model, (images, _) = tiny_model(fraction=0.5), batch()
-    coords, values = model.look(images, 4)  # in evaluation: the same pixels of all images
-    assert coords.shape == (4, 5, 18, 2) and values.shape == (4, 5, 18, 3)
-    assert torch.equal(coords, coords[:, :1].expand_as(coords)) and not torch.equal(coords[0], coords[1])
-    coords, _ = model.look(images, 4, generator("a"))
-    assert not torch.equal(coords[:, 0], coords[:, 1])
-
 
 @float64()
 def test_tokens_logits_and_reconstructions():
@@ -567,8 +558,6 @@ def test_centred_colour():
     model, (images, labels) = tiny_model(centre_colour=True, branch="colour"), batch()
     torch.nn.init.normal_(model.reader.branch.down.weight)
     tokens, colour = model.fit(images), images.mean((2, 3))
-    other = images + torch.tensor([0.1, -0.2, 0.3])[:, None, None]
-    assert apart(model.fit(other), tokens) <= 1e-10
     assert apart(tokens, tiny_model().fit(images - colour[..., None, None])) <= 1e-12
     expected = F.cross_entropy(model.reader(tokens, colour), labels)
     assert apart(model(*model.look(images, 4), labels)[0], expected) <= 1e-10
@@ -577,6 +566,7 @@ def test_centred_colour():
     assert apart(error, (shown - (images + 0.95).flatten(2).mT).square().mean((1, 2))) <= 1e-12
     drawn = tiny_model(centre_colour=True, fraction=0.5)  # of drawn pixels: the mean of all that were drawn
     coords, values = drawn.look(images, 4, generator("a"))
+    assert coords.shape == (4, 5, 18, 2) and not torch.equal(coords[:, 0], coords[:, 1])
     expected = drawn.inner_loop.descend(drawn.siren, coords[:-1], values[:-1] - values.mean((0, 2))[:, None])
     assert apart(drawn.fit_and_error(coords, values)[0], expected) <= 1e-12
 
@@ -645,7 +635,7 @@ def test_training_learns_and_reports():
     assert len(r["epochs"]) == 3 and r["epochs"][-1]["test_accuracy"] == r["test_accuracy"]
     assert Path("out.png").read_bytes().startswith(b"\x89PNG") and not Path("out.pt.tmp").exists()
     assert set(read_checkpoint("out.pt")) == {"format", "version", "method", "args", "data", "model", "metrics"}
-    assert "95% interval" in out and "held-out" in out and out.count("\nepoch") == 3
+    assert "95% interval" in out and "validation" in out and out.count("\nepoch") == 3
     assert f"{100 * r['test_accuracy']:.2f}%" in trained("--eval-only --ckpt out.pt")
     assert Path("out.pt").read_bytes() == before and "finished" in trained("--resume")
 
@@ -707,29 +697,12 @@ def test_shared_step_sizes_and_steps_at_test_time():
 
 @folder()
 def test_loss_that_is_not_finite_stops_the_run():
-    """It goes on, is saved over the last good checkpoint, or is not named with its epoch and step."""
+    """It goes on, or is saved over the last good checkpoint."""
     trained(TINY, "--epochs 1")
     good = Path("out.pt").read_bytes()
-    status, _, err = command([*TINY, *"--epochs 1 --batch-size 160 --lr 1e38 --lr-alpha 1e38".split()])  # one step
-    assert status == 1 and "epoch 1, step 1; out.pt is the last good checkpoint" in err and err.count("\n") == 1, err
-    assert Path("out.pt").read_bytes() == good
-
-
-@folder()
-def test_broken_image_met_while_streaming():
-    """It is not named, what was learned so far is not saved, or the run does not go on once it is mended."""
-    argv = [*TINY, *"--dataset set --size 64 --fraction 0.01 --augment --train-size 36 --test-size 9".split()]
-    with replaced(data, "RESIDENT_BYTES", 0):
-        file = image_folder("set") / "train" / "b" / "005.png"
-        whole = file.read_bytes()
-        file.write_bytes(whole[:100])
-        for workers in (0, 2):
-            status, _, err = command([*argv, "--batch-size", 4, "--workers", workers, "--out", f"{workers}.pt"])
-            assert status == 2 and err.count("\n") == 1 and "005.png" in err, err
-            assert read_checkpoint(f"{workers}.pt")["progress"]["step"] < 9
-        file.write_bytes(whole)
-        assert "waiting for data" in trained("--resume --out 0.pt")
-        assert all(0 < epoch["waiting_for_data"] < epoch["seconds"] for epoch in report("0")["epochs"])
+    for more in ("--batch-size 160", ""):          # seen by the evaluation after one step; by the sums of ten
+        status, _, err = command([*TINY, *f"--epochs 1 --lr 1e38 --lr-alpha 1e38 {more}".split()])
+        assert status == 1 and "not finite" in err and err.count("\n") == 1 and Path("out.pt").read_bytes() == good
 
 
 # ---- train.py: interrupted runs, several processes -----------------------------------------------
@@ -750,68 +723,55 @@ def signal_at(step: int, number: int):
 
 @folder()
 def test_signals_save_and_say_how_to_resume():
-    """Ctrl-C or SIGTERM in step 15 of 20 loses a step, the way on or the file, or changes the weights by a bit."""
-    out = ["--out", "a run.pt"]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C or SIGTERM loses a step, the way on or the file, or changes the weights by a bit; 2.35 epochs are not 24
+    steps of ten an epoch."""
+    out, argv = ["--out", "a run.pt"], [*TINY, "--augment", "--epochs", "2.35"]
+    trained(argv, "--out straight.pt")
+    straight = read_checkpoint("straight.pt")
+    for number, at, reached in ((signal.SIGINT, 15, (1, 5)), (signal.SIGTERM, 22, (2, 2))):
         before = signal.getsignal(number)
-        with signal_at(15, number):
-            status, _, err = command([*TINY, "--augment", *out])
+        with signal_at(at, number):
+            status, _, err = command([*argv, *out])
         assert status == 128 + number and "train.py --resume --out 'a run.pt'" in err and err.count("\n") == 1, err
-        progress = read_checkpoint("a run.pt")["progress"]
-        assert (progress["epoch"], progress["step"]) == (1, 5) and signal.getsignal(number) == before
-        refused([*TINY, *out], "--resume")
+        stopped = read_checkpoint("a run.pt")
+        assert (stopped["progress"]["epoch"], stopped["progress"]["step"]) == reached
+        assert stopped["scheduler"]["total_steps"] == 24 and signal.getsignal(number) == before
+        refused([*argv, *out], "--resume")
         refused(["--resume", *out, "--lr", "0.5"], "--lr")
         trained(["--resume", *out, "--save-minutes", "1"])
-    trained(TINY, "--augment --out straight.pt")
-    assert same(*(read_checkpoint(name)["model"] for name in ("straight.pt", "a run.pt")))
+        resumed = read_checkpoint("a run.pt")
+        assert same(resumed["model"], straight["model"]) and same_epochs(resumed, straight, 0)
+    assert len(straight["metrics"]["epochs"]) == 3 and "--epochs=2.35" in report("straight")["command"]
+    assert type(flags("--epochs 2.0".split()).epochs) is int
 
 
 @folder()
-def test_part_of_an_epoch_and_random_labels():
-    """--epochs 2.35 is not 24 steps of ten an epoch on a schedule of 24, or a signal in the last ones changes a bit, or
-    --epochs 2.0 is not 2; random labels do not stay an image's own, with the classes' sizes, by the seed alone."""
-    seen, plain = [], train.supervised_contrastive
+def test_random_labels():
+    """They do not stay an image's own, have other sizes than the classes, or replace the labels of the class loss."""
+    seen, argv = [], [*TINY, *"--w-cluster 1 --cluster-random".split()]
 
     def spy(x, labels, **more):
         seen.append(labels)
         return plain(x, labels, **more)
-    argv = [*TINY, *"--train-size 160 --epochs 2.35 --w-cluster 1 --cluster-random".split()]
-    with signal_at(22, signal.SIGTERM), replaced(train, "supervised_contrastive", spy):
-        assert command([*argv, "--out", "stopped.pt"])[0] == 143
-    progress = read_checkpoint("stopped.pt")["progress"]
-    assert (progress["epoch"], progress["step"]) == (2, 2)
-    assert read_checkpoint("stopped.pt")["scheduler"]["total_steps"] == 24
-    trained("--resume --out stopped.pt")
-    trained(argv, "--out straight.pt")
-    a, b = (read_checkpoint(name) for name in ("stopped.pt", "straight.pt"))
-    assert same(a["model"], b["model"]) and same_epochs(a, b, 0) and len(b["metrics"]["epochs"]) == 3
-    assert report("straight")["flags"]["epochs"] == 2.35 and "--epochs=2.35" in report("straight")["command"]
-    whole = flags("--epochs 2.0".split()).epochs
-    assert whole == 2 and type(whole) is int and type(flags([]).epochs) is int
-    images, _ = data.load_dataset(flags(argv))
-    own = {}
+    with replaced(sys.modules["model"], "supervised_contrastive", spy) as plain:
+        trained(argv)
+    images, own = data.load_dataset(flags(argv))[0], {}
     for step, labels in enumerate(seen):       # which images a step sees is the data order's
         order = torch.randperm(160, generator=generator("order", 0, step // 10)).view(10, 16)
         for row, label in zip(order[step % 10].tolist(), labels.tolist()):
             assert own.setdefault(row, label) == label
     drawn = torch.tensor([own[row] for row in range(160)])
     assert torch.equal(drawn.bincount(), images.labels.bincount()) and (drawn == images.labels).float().mean() < 0.2
-    seen.clear()
-    with replaced(train, "supervised_contrastive", spy):
-        trained(argv, "--seed 1 --epochs 1 --batch-size 32 --out other.pt")
-    order = torch.randperm(160, generator=generator("order", 1, 0))
-    assert not torch.equal(torch.cat(seen), drawn[order])
-    # the reader's own loss has the classes: the first step's, before anything is learned, is the same without
-    trained(argv[:-3], "--epochs 1 --train-size 16 --w-cluster 1 --out classes.pt")
-    trained(argv, "--epochs 1 --train-size 16 --out random.pt")
-    assert report("classes")["epochs"][0]["loss"] == report("random")["epochs"][0]["loss"]
-    assert not same(*(read_checkpoint(name)["model"] for name in ("classes.pt", "random.pt")))
+    for name, more in (("classes", ""), ("random", "--cluster-random")):       # one step: nothing is learned yet
+        trained(TINY, f"--w-cluster 1 --epochs 1 --train-size 16 --out {name}.pt", more)
+    a, b = (report(name)["epochs"][0] for name in ("classes", "random"))
+    assert a["loss"] == b["loss"] and a["weighted_cluster_loss"] != b["weighted_cluster_loss"]
 
 
 def same_epochs(a: dict, b: dict, tolerance: float) -> bool:
     pairs = zip(a["metrics"]["epochs"], b["metrics"]["epochs"], strict=True)
     return all(abs(x[k] - y[k]) <= tolerance for x, y in pairs
-               for k in x if k not in ("seconds", "waiting_for_data", "peak_memory_bytes"))
+               for k in x if k != "seconds")
 
 
 @folder()
@@ -834,21 +794,22 @@ def test_resume_after_kill_bit_for_bit():
 
 @folder()
 def test_two_processes_equal_one():
-    """A run stopped by SIGTERM, then resumed by torchrun's two processes, each with half of the batch, ends with other
-    weights or figures than one process makes (gloo, float64)."""
+    """torchrun's two processes, each with half of the batch, end with other weights or figures than one process makes
+    (gloo, float64); or one process goes on with what two began."""
     code = "import sys, torch\nsys.path.insert(0, sys.argv[1])\ntorch.set_default_dtype(torch.float64)\n" \
            "import train\ntrain.main(sys.argv[2:])"
-    argv = [*TINY, "--test-size", "39"]
+    argv = [*TINY, "--test-size", "39", "--out"]
     with float64():
-        with signal_at(13, signal.SIGTERM):
-            assert command([*argv, "--out", "two.pt"])[0] == 143
-        trained(argv, "--out one.pt")
+        trained(argv, "one.pt")
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --no-python".split()
-    status, out, err = finish(start(*torchrun, sys.executable, "-c", code, HERE, "--resume", "--out", "two.pt"))
-    assert status == 0 and out.count("\nepoch") == 1, (out, err)  # only the first process prints
+    run = start(*torchrun, sys.executable, "-c", code, HERE, *argv, "two.pt", "--batch-size", 8)
+    status, out, err = finish(run)
+    assert status == 0 and out.count("\nepoch") == 2, (out, err)  # only the first process prints
     a, b = (read_checkpoint(p) for p in ("one.pt", "two.pt"))
     assert list(a["model"]) == list(b["model"]) and a["model"]["siren.first"].dtype == torch.float64
     assert apart(b["model"].values(), a["model"].values()) <= 1e-9 and same_epochs(a, b, 1e-4)
+    checkpoint.save_checkpoint("two.pt", b | {"progress": {"global_batch": 16}})
+    refused(["--resume", "--out", "two.pt"], "two.pt", "2 process")
 
 
 # ---- train.py: a reader on fixed weights ---------------------------------------------------------
@@ -880,23 +841,22 @@ def test_frozen_siren_fits_once_and_trains_the_same_reader():
         return plain(self, siren, coords, values)
 
     with replaced(MetaSGD, "descend", fits) as plain:
-        trained(TINY, "--epochs 3 --freeze-siren")
+        trained(TINY, "--freeze-siren")
         assert 200 <= sum(fitted) < 250  # 160 and 40 images, and some for the pictures
-        got, args = load_checkpoint("out.pt")
-        model = train.MWT(args, 1, 10)  # the same, image by image
-        for part in (model.siren, model.inner_loop):
-            part.requires_grad_(False)
-        args.out = None
-        fitted.clear()
-        metrics = train.train(args, model, train.image_task(args, model, *data.load_dataset(args)))
-        assert sum(fitted) == 3 * 200 and apart(got.parameters(), model.parameters()) <= 1e-9
-        assert same_epochs({"metrics": report()}, {"metrics": metrics}, 1e-6)
         for more in ("--fraction 0.5", "--augment"):  # no fit is the same twice
             fitted.clear()
             trained(TINY, "--freeze-siren --out drawn.pt", more)
             assert sum(fitted) >= 2 * 200
+    got, args = load_checkpoint("out.pt")
+    model, (images, test) = train.MWT(args, 1, 10), data.load_dataset(args)    # the same, image by image
+    model.siren.requires_grad_(False), model.inner_loop.requires_grad_(False)
+    args.out = None
+    metrics = train.train(args, model, 160, partial(train.image_batches, args, model, images), model,
+                          lambda poll: train.evaluate(model, test))
+    assert apart(got.parameters(), model.parameters()) <= 1e-9
+    assert same_epochs({"metrics": report()}, {"metrics": metrics}, 1e-6)
     with signal_at(13, signal.SIGTERM):
-        assert command([*TINY, *"--epochs 3 --freeze-siren --out stopped.pt".split()])[0] == 143
+        assert command([*TINY, *"--freeze-siren --out stopped.pt".split()])[0] == 143
     trained("--resume --out stopped.pt")
     a, b = (read_checkpoint(name) for name in ("out.pt", "stopped.pt"))
     assert same(a["model"], b["model"]) and same_epochs(a, b, 0)
@@ -930,7 +890,6 @@ def planted_classes(seed, n=90, d=3, classes=3, spread=1.0):
 
 
 def test_neighbors_against_brute_force():
-    """Neighbours, votes, k-NN accuracy or purity are not those of all distances in float64; or depend on blocks."""
     (x, labels), (y, queries), k = planted_classes(0), planted_classes(1, 40), 4
     for shift, block in ((0, 2 ** 24), (30, 900)):
         a, b = x + shift, y + shift
@@ -947,7 +906,6 @@ def test_neighbors_against_brute_force():
 
 
 def test_silhouette_and_class_means_against_brute_force():
-    """Silhouette, Fisher ratio or nearest mean is not its definition, row by row in numpy; or depends on blocks."""
     (x, labels), (y, queries) = planted_classes(2), planted_classes(3, 40)
     X, L, scores = x.double().numpy(), labels.numpy(), []
     for i in range(len(X)):
@@ -956,73 +914,52 @@ def test_silhouette_and_class_means_against_brute_force():
         scores.append((b - a) / max(a, b))
     means = np.stack([X[L == c].mean(0) for c in range(3)])
     between = sum((L == c).sum() * ((means[c] - X.mean(0)) ** 2).sum() for c in range(3))
-    predicted = ((y.double().numpy()[:, None] - means) ** 2).sum(2).argmin(1)
+    predicted = 3 * ((y.double().numpy()[:, None] - means) ** 2).sum(2).argmin(1)
     for block in (2 ** 24, 900):
         with replaced(measures, "BLOCK", block):
-            assert np.abs(measures.silhouettes(x, labels).numpy() - scores).max() < 1e-5
+            assert np.abs(measures.silhouettes(x, 3 * labels).numpy() - scores).max() < 1e-5    # labels 0, 3 and 6
             assert abs(measures.fisher_ratio(x, labels) - between / ((X - means[L]) ** 2).sum()) < 1e-10
-            assert measures.nearest_mean_accuracy(x, labels, y, queries) == np.mean(predicted == queries.numpy())
-
-
-def test_measures_on_odd_input():
-    """A class of one row or none, or rows all alike, mislead; or what is of the wrong shape, too small or not finite
-    gives no ValueError."""
+            accuracy = measures.nearest_mean_accuracy(x, 3 * labels, y, 3 * queries)
+            assert accuracy == np.mean(predicted == 3 * queries.numpy())
     assert measures.silhouettes(torch.arange(4.0)[:, None], torch.tensor([0, 0, 0, 5]))[3] == 0  # alone in its class
-    equal, ids = torch.full((7, 2), 0.1), torch.tensor([0, 1, 1, 0, 1, 0, 1])
-    assert measures.fisher_ratio(equal, ids) == measures.silhouette(equal, ids) == 0
-    assert measures.fisher_ratio(equal + ids[:, None], ids) == math.inf
-    (x, labels), (y, queries) = planted_classes(0), planted_classes(1, 30)
-    pair = measures.knn_accuracy, measures.nearest_mean_accuracy, measures.linear_probe
-    for measure in pair:  # labels 0, 1 and 7: 2 to 6 do not occur
-        sparse, asked = (ids + 5 * (ids == 2) for ids in (labels, queries))
-        assert abs(measure(x.double(), sparse.int(), y, asked) - measure(x, labels, y, queries)) < 0.04
-        assert rejects(measure, x, labels, y[:, :1], queries)
-    for args in ((x * math.nan, labels), (x[:, :0], labels), (x, labels - 1), (x, labels.float()), (x[:0], labels[:0]),
-                 (x, labels[:-1]), (x[0], labels)):
-        alone = measures.neighbor_purity, measures.silhouette, measures.fisher_ratio
-        assert all(rejects(measure, *args) for measure in alone), args
-        assert all(rejects(measure, *args, y, queries) for measure in pair), args
-    assert rejects(measures.purity, x, labels, 90) and rejects(measures.linear_probe, x, labels * 0, y, queries)
+    for args in ((x * math.nan, labels), (x[:0], labels[:0]), (x, labels[:-1]), (x[0], labels)):
+        assert all(rejects(measure, *args) for measure in (measures.purity, measures.silhouette, measures.fisher_ratio))
+        assert all(rejects(measure, *args, y, queries) for measure in (measures.knn_accuracy, measures.linear_probe))
 
 
 # ---- measures.py: trained classifiers --------------------------------------------------------------
 
 def test_logistic_regression_is_at_its_optimum():
-    """The gradient of the convex penalised loss is not 0, for few or many features, or the bias is penalised."""
     g = torch.Generator().manual_seed(0)
-    for n, d, penalty in ((60, 5, 0.2), (60, 5, 0.002), (40, 60, 0.001)):
+    for n, d, penalty, falls in ((60, 5, 0.2, 0), (60, 5, 0.002, 0), (40, 60, 0.001, 0), (300, 90, 1e-4, 1)):
         x, labels = torch.randn(n, d, generator=g).double(), torch.randint(3, (n,), generator=g)
+        x /= torch.arange(1.0, d + 1) ** falls
         layer = measures.fit_linear(x, labels, 3, penalty).requires_grad_()
         loss = F.cross_entropy(layer(x), labels) + penalty * d / 2 * layer.weight.square().sum()
         gradient = torch.autograd.grad(loss, [*layer.parameters()])
         assert all(part.abs().max() < 1e-3 for part in gradient), (n, d, penalty)
         again = measures.fit_linear(x, labels, 3, penalty, layer)              # starts there, and stays
-        assert apart([*again.parameters()], [*layer.parameters()]) < 1e-3
+        assert apart([*again.parameters()], [*layer.parameters()]) < 1e-2
 
 
 def test_probes_standardise_and_fit_all_of_the_bank():
-    """They are not what they are of standardised features of the whole bank; or copies or constants change them."""
     (x, labels), (y, _) = planted_classes(1, 300, 8, 3, 0.7), planted_classes(2, 200, 8, 3, 0.7)
     mean, deviation = x.mean(0), x.std(0, correction=0)
+    order = torch.zeros(300).index_fill(0, labels.argsort(stable=True)[4::5], 1).argsort(stable=True)
     stretch = torch.logspace(-3, 3, 8)  # features of all scales, far from 0
-    for fit, setting in ((measures.fit_linear, 0.01), (measures.fit_mlp, 0.01)):
-        held = torch.zeros(300).index_fill(0, labels.argsort(stable=True)[4::5], 1)
-        order = held.argsort(stable=True)                                      # the held-out rows last
-        logits = fit(((x - mean) / deviation)[order], labels[order], 3, setting)((y - mean) / deviation)
+    for fit in (measures.fit_linear, measures.fit_mlp):
+        logits = fit(((x - mean) / deviation)[order], labels[order], 3, 0.01)((y - mean) / deviation)
         sure = (logits.topk(2).values.diff() < -0.05).squeeze(1)
         for bank, asked in ((x, y), (x * stretch + 5, y * stretch + 5)):
-            got, _ = measures.fit_probe(fit, [setting], bank, labels, asked)
+            got, _ = measures.fit_probe(fit, [0.01], bank, labels, asked)
             assert torch.equal(got[sure], logits.argmax(1)[sure]) and sure.float().mean() > 0.8
     expected, _ = measures.fit_probe(measures.fit_linear, [0.01], x, labels, y)
     for bank, asked in ((x.repeat(1, 3), y.repeat(1, 3)), (F.pad(x, (0, 1), value=0.1), F.pad(y, (0, 1), value=5.0))):
         got, _ = measures.fit_probe(measures.fit_linear, [0.01], bank, labels, asked)
-        assert (got == expected).float().mean() > 0.97
-    x, labels = planted_classes(0, 1500, 40, 7)  # where scikit-learn has 1.0 at every C from 0.1 up
-    assert measures.linear_probe(x[:500], labels[:500], x[500:], labels[500:]) >= 0.996
+        assert (got == expected).float().mean() > 0.97                         # neither copies nor constants matter
 
 
 def test_mlp_probe_sees_what_no_line_divides():
-    """It does not learn the sign of a product; or its draws touch the program's own."""
     x = torch.randn(1500, 3, generator=torch.Generator().manual_seed(0))
     labels = (x[:, 0] * x[:, 1] > 0).long()
     state = torch.random.get_rng_state()
@@ -1032,7 +969,6 @@ def test_mlp_probe_sees_what_no_line_divides():
 
 
 def test_probe_chooses_its_setting():
-    """It is not that of the least cross-entropy on every fifth row, or the bank is not fitted whole in the end."""
     tried = []
 
     def spy(x, labels, classes, penalty, start=None):
@@ -1045,95 +981,69 @@ def test_probe_chooses_its_setting():
         tried.clear()
         _, accuracy = measures.fit_probe(spy, measures.PENALTIES, x, labels, x)
         held = labels.argsort(stable=True)[4::5]
-        z = (x - x.mean(0)) / x.std(0, correction=0)
-        losses = {penalty: float(F.cross_entropy(layer(z[held]), labels[held])) for _, penalty, layer in tried[:-1]}
-        assert [n for n, *_ in tried] == [320] * len(losses) + [400]
-        assert tried[-1][1] == min(losses, key=losses.get) and weakest <= tried[-1][1] <= strongest, losses
-        best = next(layer for _, penalty, layer in tried if penalty == tried[-1][1])
-        assert accuracy == float((best(z[held]).argmax(1) == labels[held]).double().mean())
+        z = ((x - x.mean(0)) / x.std(0, correction=0))[held]
+        losses = {penalty: float(F.cross_entropy(layer(z), labels[held])) for _, penalty, layer in tried[:-1]}
+        n, last, _ = tried.pop()
+        assert n == 400 and {n for n, *_ in tried} == {320}
+        assert last == min(losses, key=losses.get) and weakest <= last <= strongest, losses
+        best = next(layer for _, penalty, layer in tried if penalty == last)
+        assert accuracy == float((best(z).argmax(1) == labels[held]).double().mean())
 
 
 # ---- measures.py: statistics ---------------------------------------------------------------------
 
-def test_wilson_and_t_by_table():
-    """The interval of a proportion does not solve Wilson's equation, or that of a mean is not by Student's table."""
+def test_wilson_t_and_holm_by_table():
     low, high = measures.wilson(45, 50)  # roots of (p - x)^2 = z^2 x (1 - x) / n
     assert low < 0.9 < high and measures.wilson(0, 10)[0] == 0
     assert all(abs((0.9 - end) ** 2 - 1.959964 ** 2 * end * (1 - end) / 50) < 1e-12 for end in (low, high))
-    table = {1: 12.7062, 2: 4.30265, 5: 2.57058, 30: 2.04227, 1000: 1.96234}
-    assert all(abs(measures.t_quantile(freedom) - t) < 2e-4 * t for freedom, t in table.items())
-    assert abs(measures.t_test([0.0, 1.0, 2.0]) - 0.2254) < 1e-4       # t = sqrt(3), two degrees of freedom
+    table = {1: 12.7062047, 2: 4.3026527, 5: 2.5705818, 30: 2.0422725, 1000: 1.9623391}
+    assert all(abs(measures.t_quantile(freedom) - t) < 1e-6 for freedom, t in table.items())
+    assert abs(measures.t_test([0.0, 1.0, 2.0]) - 0.2254033) < 1e-6    # t = sqrt(3): 1 - sqrt(3 / 5)
+    assert measures.t_test([1.0, 1.0]) == 0 and measures.t_test([0.0, 0.0]) == 1
     assert np.allclose(measures.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
-    mean, low, high = measures.t_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and abs(high - (2 + 4.30265 / math.sqrt(3))) < 1e-3 and abs(low + high - 4) < 1e-9
+    assert np.allclose(measures.t_interval([1.0, 2.0, 3.0]), (2, 2 - 4.3026527 / 3 ** 0.5, 2 + 4.3026527 / 3 ** 0.5))
 
 
 def test_bootstrap_covers_and_knows_ties():
-    """Intervals are not of 95%: of a mean (normal theory), of a ratio of means (coverage), over repeats of a choice."""
-    a = torch.tensor([1.0] * 70 + [0.0] * 30)
+    a, g, covered = torch.rand(100).round(), torch.Generator().manual_seed(0), 0
     assert measures.paired_bootstrap(a, a) == (0, 0, 0)
-    mean, low, high = measures.paired_bootstrap(a, torch.zeros(100))
-    half = 1.96 * math.sqrt(0.7 * 0.3 / 100)
-    assert abs(mean - 0.7) < 1e-12 and abs(low - (0.7 - half)) < 0.02 and abs(high - (0.7 + half)) < 0.02
-    g, covered = torch.Generator().manual_seed(0), 0
     for repeat in range(200):  # a ratio of means, truth 2
         x = 1 + torch.rand(100, generator=g)
         values = torch.stack([2 * x + torch.randn(100, generator=g), x], 1)
         _, low, high = measures.bootstrap(values, lambda means: means[..., 0] / means[..., 1], repeat, draws=400)
         covered += low <= 2 <= high
-    assert 0.88 < covered / 200 < 0.99
+    assert 0.9 < covered / 200 < 0.99
     spread = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(50, 4)  # all variance is between the repeats
     value, low, high = measures.bootstrap(spread, measures.over_repeats())
     assert value == 1.5 and low < 0.8 and high > 2.2
 
 
-def test_ranks_and_auroc_against_brute_force():
-    """Ties do not share their mean rank, or AUROC is not the share of pairs in order, bootstrapped over rows."""
-    assert measures.ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
-    g = torch.Generator().manual_seed(1)
-    score, right = torch.randint(6, (80,), generator=g).float(), torch.rand(80, generator=g) < 0.6
-
-    def brute(rows):
-        s, r = score[rows], right[rows]
-        return float(((s[r][:, None] > s[~r]).double() + 0.5 * (s[r][:, None] == s[~r])).mean())
-
-    value, low, high = measures.auroc(score, right)
-    assert abs(value - brute(torch.arange(80))) < 1e-12
-    drawn = torch.randint(80, (1000, 80), generator=torch.Generator().manual_seed(0))
-    assert np.allclose((low, high), np.quantile([brute(rows) for rows in drawn], [0.025, 0.975]), atol=0.02)
-    assert measures.auroc(score, right | True) is None and measures.auroc(score, right & False) is None
-
-
 def test_spearman():
-    """It is not numpy's of ranks, seeds of a setting count as settings of their own, or few give an interval."""
     g = torch.Generator().manual_seed(1)
-    x, y = torch.randn(12, generator=g), torch.randn(12, generator=g)
-    value, low, high = measures.spearman(x.tolist(), y.tolist(), range(12), draws=300)
-    assert abs(value - np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1]) < 1e-6
-    assert low < value < high
-    for column in (range(4), [1] * 6):
-        assert measures.spearman(column, range(len(column)), range(len(column))) is None
-    nine = x.repeat(9).tolist(), y.repeat(9).tolist()
-    (_, *seeds), (_, *single) = (measures.spearman(*nine, groups, draws=200)
+    x, y = torch.randn(12, generator=g).tolist(), torch.randn(12, generator=g).tolist()
+    value, low, high = measures.spearman(x, y, range(12), draws=300)
+    d = np.argsort(np.argsort(x)) - np.argsort(np.argsort(y))
+    assert abs(value - (1 - 6 * (d ** 2).sum() / (12 ** 3 - 12))) < 1e-9 and low < value < high
+    tied = measures.spearman([3, 1, 3, 2, 0], [0, 1, 2, 3, 4], range(5), draws=50)[0]
+    assert abs(tied - np.corrcoef([4.5, 2, 4.5, 3, 1], range(5))[0, 1]) < 1e-9
+    assert measures.spearman(range(4), range(4), range(4)) is measures.spearman([1] * 6, range(6), range(6)) is None
+    (_, *seeds), (_, *single) = (measures.spearman(x * 9, y * 9, groups, draws=200)
                                  for groups in ([*range(12)] * 9, range(108)))
-    assert seeds[1] - seeds[0] > 2 * (single[1] - single[0])
-    assert measures.spearman(x.tolist(), y.tolist(), [i % 4 for i in range(12)], draws=50)[1:] == (None, None)
+    assert seeds[1] - seeds[0] > 2 * (single[1] - single[0])                   # nine seeds are no nine settings
+    assert measures.spearman(x, y, [i % 4 for i in range(12)], draws=50)[1:] == (None, None)
 
 
 def test_crossed_does_not_flatter():
-    """The best of many equal candidates looks better than it is, or a better one is not found."""
     noise = torch.rand(400, 60, generator=torch.Generator().manual_seed(2))
-    picked, choices = measures.crossed(noise)
+    picked, _ = measures.crossed(noise)
     assert abs(float(picked.mean()) - 0.5) < 0.015 and float(noise.mean(0).max()) > 0.525
-    better = noise + F.one_hot(torch.tensor(7), 60)
-    repeats = torch.stack([better, better], 2)
+    repeats = (noise + F.one_hot(torch.tensor(7), 60))[..., None].repeat(1, 1, 2)
     repeats[:5] = math.nan  # not measured
     picked, choices = measures.crossed(repeats)
     assert picked.shape == (400, 2) and choices == [7, 7] and picked[:5].isnan().all() and picked[5:].min() >= 1
 
 
 def test_principal_and_regression():
-    """Components do not give the rows back, by falling variance (SVD); R^2 is not numpy's or misses the truth."""
     g = torch.Generator().manual_seed(3)
     for shape in ((30, 50), (50, 30)):
         x = torch.randn(*shape, generator=g).double()
@@ -1146,32 +1056,6 @@ def test_principal_and_regression():
     y = torch.stack([x[:, 0] + 3, x[:, 1] + noise[:, 1], noise[:, 2], torch.ones(1000)], 1)  # R^2 1, 1/2, 0; none
     r2 = measures.regression(x[:600], y[:600], x[600:], y[600:])
     assert r2[0] > 1 - 1e-9 and r2[3].isnan() and abs(r2[1] - 0.5) < 0.1 and abs(r2[2]) < 0.05
-    X, Y = F.pad(x, (0, 1), value=1.0).double().numpy(), y[:, 1].double().numpy()
-    error = (X[600:] @ np.linalg.lstsq(X[:600], Y[:600], rcond=None)[0] - Y[600:]) ** 2
-    assert abs(r2[1] - (1 - error.mean() / Y[600:].var())) < 1e-9
-
-
-# ---- figures.py: those that no program's test below draws ------------------------------------------
-
-GAP, NO_ENDS = [0.1, 0.0, 0.2], [0.1, None, None]
-
-
-@folder()
-def test_figures_of_a_sweep_say_whether_they_drew():
-    lanes = [{"lane": lane, "n": n, "purity": [0.2, sd], "reader": [0.4, sd], "w_task": 0.01, "w_cluster": 0.1}
-             for lane, n, sd in (("wt", 2, 0.1), ("task1", 1, None), ("deeper", 2, 0.1), ("cluster0.1", 1, None),
-                                 ("cluster-random0.1", 1, None))]
-    differences = [{"lane": row["lane"], "minus": "wt", "seeds": row["n"], "over_images": GAP,
-                    "over_seeds": GAP if row["n"] > 1 else None} for row in lanes[1:]]
-    regime = {"models": 5, "settings": 4, "correlations": {"phi - theta": NO_ENDS, "MLP 1": GAP}}
-    report = {"lanes": lanes, "differences": differences, "factorial": {"seeds": 1, "accuracy": {"bias": GAP}},
-              "regimes": {"class loss": regime, "contrastive loss": regime}}
-    none = {"lanes": lanes[:1], "differences": [], "factorial": None, "regimes": {}}
-    for name in ("lanes", "clusters", "factorial", "population"):
-        draw = getattr(figures, f"{name}_figure")
-        assert draw(Path("figure.png"), report, "test images") is True and Path("figure.png").stat().st_size > 5000
-        Path("figure.png").unlink()
-        assert draw(Path("figure.png"), none, "test images") is False and not Path("figure.png").exists()
 
 
 # ---- bench.py: outer gradients -------------------------------------------------------------------
@@ -1245,11 +1129,11 @@ def test_counted_flops_by_hand_and_of_a_real_step():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     images, labels = batch()
     plain, counts = ({}, {"fraction": 0.5, "depth": 1, "steps": 1, "mlp_ratio": 2}), []
-    for changed in (*plain, {"branch": "colour", "readout": 3, "w_cluster": 1.0}):
-        model = tiny_model(**changed)
-        counts.append(bench.count_flops(model, 5))
-        if changed in plain:
-            assert counts[-1] == flops_by_hand(model, 5), changed
+    for changed in (*plain, {"branch": "colour", "readout": 3, "w_cluster": 1.0, "precision": "bf16"}):
+        args, model = tiny_settings(batch_size=5, **changed), tiny_model(**changed)
+        counts.append(bench.step_flops(args, 3, 4))
+        assert changed not in plain or counts[-1] == flops_by_hand(model, 5), changed
+    model.bf16 = False
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*model.look(images, 4), labels)[:3].sum().backward()
     assert counter.get_total_flops() == counts[-1] > counts[0]
@@ -1257,8 +1141,8 @@ def test_counted_flops_by_hand_and_of_a_real_step():
 
 @folder()
 def test_bench_command():
-    """B is not the textbook's two passes or C not by torch.func; a ratio is not of one turn's medians; or `cost` does
-    not grow what it says."""
+    """B is not the textbook's two passes or C not by torch.func; a ratio is not of one turn's medians; `cost` does not
+    grow what it says; hours are not of 1,281,167 images."""
     small, used, paths = [*settings.as_flags(SMALL), "--dataset", "digits", "--no-compile"], set(), []
 
     def here(function, args, path, parts):
@@ -1278,10 +1162,8 @@ def test_bench_command():
     assert status == 0 and "ratio B/A" in out and max(map(len, out.splitlines())) <= 100, (out, err)
     assert paths == [*"ABCABC"] and used == {"B bench", "B torch.autograd", "C torch.autograd", "C torch.func"}
     runs, ratio = report("bench")["paths"], report("bench")["ratios"]["B/A"]
-    each = [np.median(runs[b]["ms"]) / np.median(runs[b - 1]["ms"]) for b in (1, 4)]
-    assert np.allclose(ratio, [np.mean(each), min(each), max(each)])
+    assert np.allclose(ratio, [np.median(runs[b]["ms"]) / np.median(runs[b - 1]["ms"]) for b in (1, 4)])
     first = {key: value for key, value in runs[0].items() if key not in ("what", "value", "path")}
-    assert set(first["phases_ms"]) == {"inner loop", "reader", "backward", "optimizer"}
 
     def planted(function, args, *_):
         return first | {"flops": args.width * args.size * args.steps * args.batch_size}
@@ -1295,19 +1177,10 @@ def test_bench_command():
     with replaced(bench, "in_a_process", None):  # before anything is measured
         for argv in ("--out no/a.json", "--freeze-siren", "speed", "cost --width 99", "--device tpu9"):
             refused(argv.split(), argv.split()[-1], main=bench.main)
-
-
-@folder()
-def test_bench_imagenet():
-    """Hours are not the longer of steps and decoding for 1,281,167 images; or no process of its own can be measured."""
-    assert bench.training_hours(3600, 10, 2.0, 1.0, devices=4, workers=2) == 5.0               # the steps take longer
-    argv = [*settings.as_flags(SMALL), "--size=64", "--fraction=0.001", "--no-compile", "--out=i.json"]
-    status, out, err = command(["imagenet", *argv], bench.main)
-    assert status == 0 and not err and max(map(len, out.splitlines())) <= 100, err
-    found = report("i")
-    seconds = 1 / found["imagenet"][0]["images_per_second"], found["decode_seconds"] / found["flags"]["workers"]
-    hours = [1_281_167 * 40 * max(seconds) / 3600 / devices for devices in (1, 8, 64)]
-    assert np.allclose([found["hours"][n] for n in ("1", "8", "64")], hours)
+    argv = [*settings.as_flags(SMALL), "--size=64", "--fraction=0.001", "--no-compile"]     # in a process of its own
+    assert command(["imagenet", *argv], bench.main)[0] == 0
+    found = report("bench")
+    assert np.isclose(found["hours"]["8"] * 3600 * 8 * found["imagenet"][0]["images_per_second"], 40 * 1_281_167)
 
 
 # ---- diagnostics.py: planted truths ----------------------------------------------------------------------------------
@@ -1667,9 +1540,8 @@ def test_patches_by_hand():
             plane, row, column = t // 64 * together, 2 * (t % 64 // 8), 2 * (t % 8)
             square = images[:, plane:plane + together, row:row + 2, column:column + 2]
             assert torch.equal(tokens[:, t, :4 * together], square.flatten(1))
-        assert torch.equal(model.reconstruct(images), images)
         multiply_adds = count * 64 * (65 + 6 * 64) + 2 * count ** 2 * 64 + 64 * 10
-        assert pixels.count_flops(model.reader) == 3 * 2 * multiply_adds
+        assert pixels.count_flops(model.reader, tokens[:1]) == 3 * 2 * multiply_adds
 
 
 def test_offsets_start_at_random():
@@ -1677,7 +1549,7 @@ def test_offsets_start_at_random():
     tokens, labels = 5 * torch.randn(40, 30, 20), torch.arange(40) % 2
     args = settings.settings(dict(width=8, head_dim=4, reader_depth=1, epochs=1, lr=1e-12))
     plain, spread, again = (train.train_reader(tokens, labels, args, spread) for spread in (0.0, 2.0, 2.0))
-    assert abs(float(spread.beta.std()) / 10 - 1) < 0.1 and plain.beta.abs().max() < 1e-6
+    assert abs(float(spread.beta.detach().std()) / 10 - 1) < 0.1 and plain.beta.abs().max() < 1e-6
     assert same(spread.state_dict(), again.state_dict()) and apart(spread.embed.weight, plain.embed.weight) < 1e-6
 
 
@@ -1691,22 +1563,19 @@ def test_pixels_command():
     all training images; a stopped run begins again; diagnostics.py does not open what is saved."""
     seen, winner = [], {"spread": 0.3, "lr": 9e-3, "epochs": 3}
 
-    def planted(args, model, task, *more):
+    def planted(args, model, examples, batches, forward, evaluate, *more):
         """Trains; held-out images are read the better the nearer a setting is to the winner."""
-        seen.append(task.examples)
+        seen.append(examples)
         if len(seen) == 6:
             raise KeyboardInterrupt
         wins = sum(math.isclose(vars(args)[key], value) for key, value in winner.items()) / 4
-        test = (lambda poll: task.test(poll) | {"test_accuracy": wins}) if args.val else task.test
-        return plain(args, model, task._replace(test=test), *more)
+        test = (lambda poll: evaluate(poll) | {"test_accuracy": wins}) if args.val else evaluate
+        return plain(args, model, examples, batches, forward, test, *more)
     with replaced(train, "train", planted) as plain:
-        assert command(PIXELS, pixels.main)[0] == 130
-        kept = report("pixels")["trials"]
-        assert command(PIXELS, pixels.main)[0] == 0
+        assert [command(PIXELS, pixels.main)[0] for _ in range(2)] == [130, 0]
     found, (model, args) = report("pixels"), load_checkpoint("pixels.pt")
-    assert seen == [160] * 9 + [200] and found["trials"][:5] == kept and len(kept) == 5 and len(found["trials"]) == 8
-    assert all(math.isclose(vars(args)[key], value) for key, value in winner.items()) and args.val == 0
-    assert found["tokens"] == 64 and found["flops_an_image"] == pixels.count_flops(model.reader)
+    assert seen == [160] * 9 + [200] and len(found["trials"]) == 8 and args.val == 0
+    assert all(math.isclose(vars(args)[key], value) for key, value in winner.items())
     assert names_in(".") == {"pixels.pt", "pixels.json"}
     assert command(PIXELS, pixels.main)[0] == 0                    # nothing to train
     assert command([*shlex.split(found["command"])[2:], "--out", "again.pt"], pixels.main)[0] == 0
@@ -1718,8 +1587,7 @@ def test_pixels_command():
     assert "left out: bias-route: " in out and "left out: content: " in out and "pixels.py" in result["command"]
     Path("list.json").write_text("[]")
     for argv, *words in ((["--lr", 1], "pixels.pt", "another"), (["--out", "list.pt"], "list.json", "another"),
-                         (["--fraction", 0.5], "--fraction"), (["--spread", -1], "--spread"),
-                         (["--out", "a.png"], "a.png"), (["--width", 7], "--head-dim")):
+                         (["--fraction", 0.5], "--fraction"), (["--spread", -1], "--spread")):
         refused([*PIXELS, *argv], *words, main=pixels.main)
 
 
@@ -1742,8 +1610,8 @@ def cohort_args(backbone="siren", **changed):
 
 @float64()
 def test_cohort_fits_by_hand():
-    """The field is not what its docstring says, N images fitted at once are not each fitted as if alone by Adam, or what
-    is frozen moves."""
+    """The field is another one, N images fitted at once are not each fitted as if alone by Adam, or what is frozen
+    moves."""
     for backbone in ("siren", "ffmlp"):
         args = cohort_args(backbone)
         encoder, x = cohort.Encoder(args, 3, 0), coordinate_grid(8, 8)
@@ -1833,8 +1701,8 @@ def test_dictionary_by_hand():
 
 @float64()
 def test_ablation_by_hooking():
-    """A direction is not projected out, or one that decides is not told from one that does not; an atom subtracted where
-    it fires changes something elsewhere."""
+    """A direction is not projected out, one that decides is not told from one that does not, or an atom subtracted
+    where it fires changes something elsewhere."""
     a = torch.randn(49, 6)
     net = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 12))
     read = net[1].weight.data
@@ -1849,13 +1717,13 @@ def test_ablation_by_hooking():
     rows = cohort.ablate(rest, a, z, torch.eye(6), values, 0)
     assert all(x.shape == (5,) for row, x in rows.items() if "elsewhere" not in row)
     assert rows["change elsewhere if taken there alone"].tolist() == [0]
-    plain = train.psnr((rest(a).clamp(-1, 1) - values).square().mean((0, 2)))
+    plain = cohort.psnr((rest(a).clamp(-1, 1) - values).square().mean((0, 2)))
     for n in range(5):
         d = torch.eye(6)[n]
         hook = net[0].register_forward_hook(lambda module, args, x: x - torch.outer((x - x.mean(0)) @ d, d))
         output = rest(a)
         hook.remove()
-        lost = plain - train.psnr((output.clamp(-1, 1) - values).square().mean((0, 2)))
+        lost = plain - cohort.psnr((output.clamp(-1, 1) - values).square().mean((0, 2)))
         change = (output - rest(a)).square().sum((1, 2))
         assert abs(rows["PSNR lost (dB), atom"][n] - lost.mean()) < 1e-9
         assert abs(rows["... on one image, atom"][n] - lost.max()) < 1e-9
@@ -1881,7 +1749,7 @@ def planted_atoms(local: bool, traces: bool) -> tuple[dict, dict]:
 
 @float64()
 def test_planted_cohorts():
-    """Layers 0 and 1 alone transfer: the sweep does not find it out, with the stable rank highest there or elsewhere. Or
+    """Layers 0 and 1 alone transfer: the sweep does not find it out, with the stable rank highest there or elsewhere;
     atoms that are bumps, that are the images, a direction that decides, are not told from others."""
     args, random = cohort_args(size=12), torch.linalg.qr(torch.randn(32, 32)).Q
     for second, third, best in ((random / 12, 1e-6 * torch.ones(32, 32), "holds"),
@@ -1916,15 +1784,15 @@ def test_planted_cohorts():
     assert low < value < high and abs(value - sum(g[:30].mean(0).amin() for g in groups) / 2) < 1e-9
 
 
-COHORT = "--size 8 --width 32 --layers 2 --images 6 --fit-steps 9 --token-steps 4 --train-size 60 --test-size 30".split()
+COHORT = ("--size 8 --width 32 --layers 2 --images 6 --fit-steps 9 --token-steps 4 --train-size 60 --test-size 30 "
+          "--epochs 1 --reader-depth 1").split()
 
 
 @folder()
 def test_cohort_command():
     """It does not write what it says, bit for bit again, or what diagnostics.py can take; a cohort is not learnt."""
     with replaced(cohort, "RECIPE", {"siren": (150, 1e-3, 1e-3), "ffmlp": (150, 3e-3, 3e-3)}), \
-            replaced(cohort, "SAE_STEPS", 9), replaced(cohort, "ATOMS", 24), \
-            replaced(cohort, "READER", cohort.READER | {"epochs": 1, "reader_depth": 1}):
+            replaced(cohort, "SAE_STEPS", 9), replaced(cohort, "ATOMS", 24):
         for argv in (["--seeds", 2, "--freeze", 0], ["--backbone", "ffmlp", "--out", "b.pt"]):
             status, out, err = command([*COHORT, *argv], cohort.main)
             assert status == 0 and "nan" not in out and all(len(line) <= 100 for line in out.splitlines()), (out, err)
@@ -1934,11 +1802,10 @@ def test_cohort_command():
             f"{name}.{kind}" for name in ("b", "cohort") for kind in ("json", "pt", "png")}
         (model, args), content = load_checkpoint("cohort.pt"), read_checkpoint("cohort.pt")
         argv = shlex.split(settings.command_line(argparse.Namespace(**content["args"]), "cohort"))[2:]
-        flags = [a for a in argv if a.split("=")[0][2:].replace("-", "_") in cohort.FLAGS]
-        assert command([*flags, "--out", "again.pt"], cohort.main)[0] == 0
+        assert command([*argv, "--out", "again.pt"], cohort.main)[0] == 0
         assert same(read_checkpoint("again.pt")["model"], content["model"])
         for argv, *words in ((["--freeze", 2], "--freeze 2"), (["--backbone", "x"], "--backbone x"),
-                             (["--train-size", 19], "--train-size"), (["--width", 40], "--width"),
+                             (["--train-size", 19], "--train-size"), (["--width", 40], "--head-dim"),
                              (["--out", "a.png"], "a.png"), (["--dataset", "none"], "none")):
             refused([*COHORT, *argv], *words, main=cohort.main)
     images = torch.rand(3, 1, 8, 8) * 2 - 1
@@ -2349,14 +2216,14 @@ FLOPS = {}
 
 
 def sweep(argv) -> tuple[int, str, str]:
-    """No figure a run, and the FLOPs of models alike counted once."""
-    def count(model, batch):
-        key = str(model), model.inner_loop.steps, model.points, model.w_cluster > 0, batch
-        FLOPS[key] = FLOPS.get(key) or plain(model, batch)
+    """No figure a run, and FLOPs counted once."""
+    def count(args, channels, classes):
+        free = {"out", "seed", "epochs", "w_task"}
+        key = str({name: value for name, value in vars(args).items() if name not in free})
+        FLOPS[key] = FLOPS.get(key) or bench.step_flops(args, channels, classes)
         return FLOPS[key]
 
-    with replaced(figures, "training_figure", lambda *more: None), \
-            replaced(interventions, "count_flops", count) as plain:
+    with replaced(figures, "training_figure", lambda *more: None), replaced(interventions, "step_flops", count):
         return command(argv, interventions.main)
 
 
@@ -2369,63 +2236,44 @@ def same_weights(a, b) -> bool:
 
 
 def planted_runs(accuracies: dict, purities: dict | None = None, n=1000) -> dict:
-    """Runs {lane: one a seed} with these accuracies."""
-    found = {}
+    """Runs, one a seed, of {lane: accuracies}."""
+    order, runs = torch.randperm(n, generator=torch.Generator().manual_seed(0)), {}
     for lane, values in accuracies.items():
         for seed, accuracy in enumerate(values):
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            right = "".join("01"[int(i)] for i in order < round(accuracy * n))
-            training = {"w_task": 0.01, "w_cluster": 0.0, "epochs": 10, "seed": seed, "lane": lane}
-            found.setdefault(lane, []).append(dict.fromkeys(interventions.AVERAGED, 1.0) | {
-                "name": f"{lane}-{seed}", "lane": lane, "seed": seed, "reader": right.count("1") / n, "right": right,
-                "parameters": 1, "gflop_per_image": 1.0, "training": training, "experiments": {},
-                "purity": (purities or {}).get(lane, values)[seed]})
-    return found
+            runs[lane, seed] = dict.fromkeys(interventions.MEASURES, 1.0) | {
+                "lane": lane, "reader": accuracy, "purity": (purities or {}).get(lane, values)[seed], "parameters": 1,
+                "right": "".join("01"[int(i)] for i in order < round(accuracy * n)), "gflop_per_image": 1.0,
+                "training": {"epochs": 10}}
+    return runs
 
 
-def planted_claims(gains: dict, purities: dict | None = None, noise=0.001, seeds=5) -> dict[str, str]:
+def judged(gains: dict, purities: dict | None = None, noise=0.001, seeds=5) -> dict[str, str]:
     """{claim: verdict} of runs with these gains over 50%, and noise of each run's own."""
     g = torch.Generator().manual_seed(0)
 
     def values(level, spread):
         return [level + 0.01 * seed + spread * float(torch.randn((), generator=g)) for seed in range(seeds)]
-    runs = planted_runs({lane: values(0.5 + gain, noise) for lane, gain in gains.items()},
-                        {lane: values(purity, 0.0005) for lane, purity in (purities or {}).items()})
-    lines = interventions.all_claims(interventions.summarise(runs))
-    return {line.split(": ")[0]: line.split(": ", 1)[1].split(". ")[0] for line in lines}
+    report = interventions.summarise(planted_runs(
+        {lane: values(0.5 + gain, noise) for lane, gain in gains.items()},
+        {lane: values(purity, 0.0005) for lane, purity in (purities or {}).items()}))
+    lines = interventions.judge(report["differences"], report["factorial"])
+    return dict(line.split("; ")[0].split(": ", 1) for line in lines)
 
 
 def test_factorial_on_planted_accuracies():
-    """Additive and sub-additive cells give their effects; intervals over seeds cover the truth in 95% of repeats."""
+    """Cells do not give the effects that were planted, by seed and over images."""
     a, b, c = torch.tensor(interventions.CELLS, dtype=torch.float64).T
     planted = 0.5 + 0.04 * a + 0.02 * b + 0.01 * c - 0.03 * a * b + 0.02 * a * b * c
-    by_hand = {"route+bias - additive": -0.03, "route+dense - additive": 0, "bias+dense - additive": 0,
-               "route+bias+dense - additive": -0.03 + 0.02, "route": 0.04 - 0.03 / 2 + 0.02 / 4,
-               "bias": 0.02 - 0.03 / 2 + 0.02 / 4, "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2,
-               "route x dense": 0.02 / 2, "bias x dense": 0.02 / 2, "route x bias x dense": 0.02}
-    exact = interventions.over_seeds(planted[:, None].repeat(1, 2))
-    assert set(exact) == set(by_hand) and all(abs(v[0] - by_hand[k]) < 1e-12 for k, v in exact.items())
-    g, repeats, covered = torch.Generator().manual_seed(0), 300, dict.fromkeys(by_hand, 0)
-    for _ in range(repeats):           # seeds shift all lanes together
-        shift, noise = torch.randn(3, generator=g), torch.randn(8, 3, generator=g)
-        for name, (_, low, high) in interventions.over_seeds(planted[:, None] + 0.02 * shift + 0.01 * noise).items():
-            covered[name] += low <= by_hand[name] <= high
-    assert all(0.92 <= k / repeats <= 0.98 for k in covered.values()), covered
-    # one seed, over images: eight correlated predictions of each image
-    rng, hit = np.random.default_rng(0), 0
-    cells, level = interventions.CELL_LANES, (0.5 + 0.05 * a - 0.05 * a * b).numpy()
-    mean = np.where(level < 0.5, 2 * level ** 2, 1 - 2 * (1 - level) ** 2)             # of the triangular sum
-    for _ in range(20):
-        right = 0.5 * rng.random((300, 1)) + 0.5 * rng.random((300, 8)) < level
-        runs = {lane: [{"seed": 0, "right": "".join(map(str, column.astype(int)))}] for lane, column in
-                zip(cells, right.T)}
-        found = interventions.factorial(runs)
-        value, low, high = found["accuracy"]["route x bias"]
-        hit += low <= float(interventions.contrasts()["route x bias"] @ torch.from_numpy(mean)) <= high
-        assert found["seeds"] == 1 and np.sign(found["log_odds"]["route x bias"][0]) == np.sign(value)
-    assert hit >= 17, hit
-    odds = interventions.log_odds(torch.tensor([0.75, 1.0], dtype=torch.float64), 10 ** 9)
-    assert abs(float(odds[0]) - math.log(3)) < 1e-6 and torch.isfinite(odds).all()
+    by_hand = {"all - added up": -0.03 + 0.02, "route": 0.04 - 0.03 / 2 + 0.02 / 4, "bias": 0.02 - 0.03 / 2 + 0.02 / 4,
+               "dense": 0.01 + 0.02 / 4, "route x bias": -0.03 + 0.02 / 2, "route x dense": 0.02 / 2,
+               "bias x dense": 0.02 / 2, "route x bias x dense": 0.02}
+    runs = planted_runs({lane: [x, x + 0.1] for lane, x in zip(interventions.CELL_LANES, planted.tolist())})
+    found = interventions.summarise(runs)["factorial"]
+    assert set(found) == set(by_hand)
+    for name, value in by_hand.items():
+        assert np.allclose([*found[name]["over_seeds"], found[name]["over_images"][0]], value, atol=1e-6), name
+    del runs["dense", 1], runs["baseline", 0]
+    assert interventions.summarise(runs)["factorial"] == {}
 
 
 def test_acting_helps_on_planted_runs():
@@ -2433,104 +2281,68 @@ def test_acting_helps_on_planted_runs():
     gains = {"baseline": 0.0, "baseline@route": 0.01, "route": 0.05, "baseline@dense": 0.032, "dense": 0.03,
              "baseline@deeper": 0.02, "deeper": 0.0, "baseline@bias": 0.0, "column": 0.0, "column-random": 0.01,
              "bias": 0.04, "baseline@column": 0.0, "route+dense": -0.02, "baseline@route+dense": 0.03}
-    found = planted_claims(gains)
-    expected = {"C4, route": "supported", "C4, bias": "supported", "C4, dense": "not decided here",    # compute alone
-                "C4, column": "not decided here", "C4, route+dense": "refuted", "C4, deeper": "not decided here",
-                "C4, column-random": "not decided here (fewer than five seeds)"}       # without its compute's baseline
-    assert found == expected, found
+    assert judged(gains) == {           # column-random: without its compute's baseline
+        "C4, route": "supported", "C4, bias": "supported", "C4, route+dense": "refuted",
+        **dict.fromkeys(("C4, dense", "C4, column", "C4, deeper"), "not decided here")}
     for control in ("column", "column-random"):        # any column would do
-        assert planted_claims(gains | {control: 0.04})["C4, bias"] == "not decided here"
-    few = planted_claims(gains, seeds=4)
-    assert set(few.values()) == {"not decided here (fewer than five seeds)"} and len(few) == 7
-    assert planted_claims(gains, noise=0.06)["C4, route"].startswith("cannot be seen at this power (least effect ")
-    # a p of about 0.03 supports alone, not beside five lanes more: Holm
-    runs = planted_runs({lane: [0.52] * 5 for lane in gains})
-    over = [0.009, 0.001, 0.007, 0.002, 0.005]
-    for run, gain in zip(runs["route"], over):
-        run["reader"] += gain
-    alone = {lane: runs[lane] for lane in ("baseline", "route", "baseline@route")}
-    for these, lanes, verdict in ((alone, 1, "supported"), (runs, 6, "not decided here")):
-        rows = {row["lane"]: row for row in interventions.summarise(these)["helps"] if row["seeds"] >= 5}
-        p = [row["over"]["baseline"]["p"] for row in rows.values()]
-        assert len(p) == lanes and rows["route"]["verdict"] == verdict, rows["route"]
-        assert np.allclose([row["p"] for row in rows.values()], measures.holm(p))
-    route = rows["route"]["over"]["baseline"]
-    assert 0.02 < route["p"] < 0.05 and abs(route["p"] - measures.t_test(over)) < 1e-9
-    # t of 4 degrees of freedom: 2.776 at 0.975, 0.941 at 0.8
-    assert abs(route["least"] - (2.776 + 0.941) * np.std(over, ddof=1) / 5 ** 0.5) < 1e-5, route
+        assert judged(gains | {control: 0.04})["C4, bias"] == "not decided here"
+    assert judged(gains, seeds=4) == {}
+    assert judged(gains, noise=0.06)["C4, route"].startswith("cannot be seen at this power (least effect ")
+    alone = {lane: gains[lane] for lane in ("baseline", "route", "baseline@route")}
+    assert judged(alone, noise=0.015)["C4, route"] == "supported"              # Holm: not beside five lanes more
+    assert judged(alone | gains, noise=0.015)["C4, route"].startswith("cannot be seen")
 
 
-def test_interval_of_a_gain_covers():
-    """C4's interval holds the planted gain in 95% of repeats, and its power at the least effect is 80%."""
-    g, repeats, covered, seen = torch.Generator().manual_seed(0), 1000, 0, 0
-    least = interventions.detectable([-1.0, 0.0, 0.0, 1.0, 0.0]) / np.std([-1.0, 0.0, 0.0, 1.0, 0.0], ddof=1)
-    gain = float(least) * 0.02
+def test_power_of_a_gain():
+    """C4's interval does not hold the planted gain in 95% of repeats, or its power at the least effect is not 80%."""
+    g, repeats, spread = torch.Generator().manual_seed(0), 1000, [-1.0, 0.0, 0.0, 1.0, 0.0]
+    gain, covered, seen = interventions.detectable(spread) / np.std(spread, ddof=1), 0, 0
     for _ in range(repeats):
-        level = 0.5 + 0.03 * torch.randn(5, generator=g)       # a seed shifts both
-        own = 0.02 / 2 ** 0.5 * torch.randn(2, 5, generator=g)
-        runs = {lane: [{"seed": seed, "reader": float(value), "purity": 0.0, "right": "01"}
-                       for seed, value in enumerate(values)]
-                for lane, values in (("baseline", level + own[0]), ("route", level + gain + own[1]))}
-        _, low, high = interventions.difference(runs, "route", "baseline")["over_seeds"]
+        _, low, high = measures.t_interval((gain + torch.randn(5, generator=g)).tolist())
         covered, seen = covered + (low <= gain <= high), seen + (low > 0)
-    assert 0.93 <= covered / repeats <= 0.97, covered
-    assert 0.74 <= seen / repeats <= 0.86, seen
+    assert 0.93 <= covered / repeats <= 0.97 and 0.74 <= seen / repeats <= 0.86, (covered, seen)
 
 
 def test_adding_up_on_planted_runs():
     """Additive gains, gains that cancel, none, and noise in which nothing could be seen."""
     def verdict(single, beyond=0.0, **more):
-        gains = {lane: sum(single[part] for part in lane.split("+") if part in single)
-                 + beyond * (lane == interventions.CELL_LANES[-1]) for lane in interventions.CELL_LANES}
-        return planted_claims(gains, **more)["C4, adding up"]
+        gains = {lane: sum(single.get(part, 0) for part in lane.split("+")) for lane in interventions.CELL_LANES}
+        gains["route+bias+dense"] += beyond
+        return judged(gains, **more).get("C4, adding up")
     single = {"route": 0.05, "bias": 0.02, "dense": 0.01}
-    assert verdict(single) == "additive" and verdict(single, -0.05) == "not additive"
-    assert verdict(single, noise=0.02) == "no verdict: the least effect that could be seen is over 2 points"
-    assert verdict({}) == verdict({"route": -0.05}) == "no verdict: nothing is gained that could add up"
-    assert verdict(single, seeds=2) == "not decided here (fewer than three seeds)"
-    assert verdict(single, -0.02) == "not additive" and verdict(single, -0.018, noise=0.003) == "not additive"
+    assert verdict(single) == "additive" and verdict(single, -0.05) == verdict(single, -0.02) == "not additive"
+    assert verdict(single, seeds=2) is None and verdict(single, noise=0.02).startswith("no verdict: ")
+    assert verdict({}) == verdict({"route": -0.05}) == verdict(single, noise=0.02)
+    unsure = {"over_seeds": (0.01, -0.003, 0.023), "least": 0.018}
+    assert interventions.additivity_verdict(unsure, True) == "not decided here"
 
 
 def test_pressure_on_planted_runs():
     """C1c: classes that hurt more than random labels; random labels that hurt as much; a gain; no control."""
     purities = {"baseline64": 0.2, "cluster1": 0.3, "cluster-random1": 0.2, "cluster0.1": 0.2, "cluster0.01": 0.3}
-    gains = {"baseline": 0.0, "baseline64": 0.0, "cluster1": -0.05, "cluster-random1": -0.01, "cluster0.1": -0.05,
-             "cluster0.01": -0.05}
-    found = planted_claims(gains, purities | {"baseline": 0.2}, seeds=3)
-    assert found == {"C1c, cluster1": "supported", "C1c, cluster0.1": "not decided here",      # no purer
-                     "C1c, cluster0.01": "not decided here"}, found                     # no control
-    for changed, expected in (({"cluster-random1": -0.05}, "not decided here"), ({"cluster1": 0.05}, "refuted"),
-                              ({"cluster1": 0.0, "cluster-random1": 0.05}, "not decided here")):
-        assert planted_claims(gains | changed, purities | {"baseline": 0.2}, seeds=3)["C1c, cluster1"] == expected
-    few = planted_claims(gains, purities | {"baseline": 0.2}, seeds=2)
-    assert set(few.values()) == {"not decided here (fewer than three seeds)"} and len(few) == 3
+    gains = {"baseline64": 0.0, "cluster1": -0.05, "cluster-random1": -0.01, "cluster0.1": -0.05, "cluster0.01": -0.05}
+    assert judged(gains, purities, seeds=3) == {       # cluster0.1 lacks its random labels, 0.01 has none
+        "C1c, cluster1": "supported", "C1c, cluster0.01": "not decided here"}
+    for changed, expected in (({"cluster-random1": -0.05}, "not decided here"), ({"cluster1": 0.05}, "refuted")):
+        assert judged(gains | changed, purities, seeds=3)["C1c, cluster1"] == expected
+    assert judged(gains, purities | {"cluster1": 0.2}, seeds=3)["C1c, cluster1"] == "not decided here"
+    assert judged(gains, purities, seeds=2) == {}
 
 
-def test_differences_and_regimes_of_planted_runs():
-    """Intervals over seeds and over images never share a column; correlations are of one loss and batch size."""
-    runs = planted_runs({"baseline": [0.5, 0.6, 0.7], "wt": [0.4, 0.5], "deeper": [0.5]})
-    runs["wt"] = runs["wt"][1:] + planted_runs({"wt": [0.0, 0.0, 0.6]})["wt"][2:]      # seeds 1 and 2
+def test_differences_of_planted_runs():
+    """A difference is not of the seeds that both have; intervals over seeds and over images share a column; the
+    correlation is of other lanes than those of the class loss."""
+    runs = planted_runs({"baseline": [0.5, 0.6, 0.7], "wt": [0.0, 0.5, 0.6], "task1": [0.45], "task10": [0.3],
+                         "deeper": [0.9], "baseline@wt": [0.9]})
+    del runs["wt", 0]
     found = interventions.summarise(runs)["differences"]
-    wt, deeper = found
-    assert (wt["lane"], wt["seeds"], wt["image_seed"], deeper["over_seeds"]) == ("wt", 2, 1, None)
-    value, low, high = wt["over_seeds"]
-    assert abs(value + 0.1) < 1e-12 and abs(high - low) < 1e-9
-    pair = runs["wt"][0], runs["baseline"][1]
-    assert wt["over_images"] == measures.paired_bootstrap(*map(interventions.hits, pair))
-    titles, *rows = interventions.difference_table(found).split("\n")
-    assert titles.endswith("over seeds [95% t]  over images [95% bootstrap], seed 0")
-    assert rows[0].endswith("seed 1") and rows[0].count("[") == 2 and rows[1].count("[") == 1
-    assert rows[1].index("[") > titles.index("over images")
-    assert interventions.difference(runs | {"wt": [runs["wt"][0] | {"seed": 9}]}, "wt", "baseline") is None
-
-    lanes = ["baseline", "wt", "task0.1", "task1", "task10", "deeper", "cluster1", "baseline64", "cluster0.1"]
-    accuracies = {lane: [0.3 + 0.02 * i] for i, lane in enumerate(lanes)}
-    runs = planted_runs(accuracies, {lane: [0.1 + 0.02 * i * (lane != "deeper")] for i, lane in enumerate(lanes)})
-    for run in (run for same in runs.values() for run in same):
-        run["experiments"] = {"clustering": {"purity": run["purity"]}}
-    with replaced(claims, "FREE", claims.FREE | {"lane"}):     # of one architecture
-        [(name, regime)] = interventions.regimes(runs).items()
-    assert name == "class loss" and regime["models"] == 5 and regime["correlations"]["phi - theta"][0] > 0.99
+    wt = found["wt - baseline"]
+    assert np.allclose(wt["over_seeds"], -0.1) and found["deeper - baseline"]["over_seeds"] is None
+    pair = (interventions.hits(runs[lane, 1]) for lane in ("wt", "baseline"))
+    assert np.allclose(wt["over_images"], measures.paired_bootstrap(*pair))
+    titles, *rows = interventions.contrast_table(found).split("\n")
+    assert rows[0].count("[") == 2 and rows[-1].count("[") == 1 and rows[-1].index("[") > titles.index("over images")
+    assert "accuracy +1.00 (no interval) over 7 models" in interventions.correlation(runs)[0]
 
 
 def test_what_a_lane_loses():
@@ -2556,45 +2368,40 @@ def test_what_a_lane_loses():
                 reader.branch.up.weight[0] = 1.0
                 reader.branch.down.weight[1, 0], reader.branch.down.bias[0] = 1.0, 0.5
             assert lost() == 0, where
-            for exchanged, place in (("donor", "blocks"), ("branch_donor", "branch")):
-                cost = lost(**{exchanged: other})
-                assert cost > 0.3 if place == where else cost == 0, (where, exchanged, cost)
+            for place in ("blocks", "branch"):
+                cost = lost(**{place: other})
+                assert cost > 0.3 if place == where else cost == 0, (where, place, cost)
 
 
 def test_sweep_command():
-    """A small sweep: its report is complete, every lane's printed command gives the same weights, what is finished is
-    not made again, what fails is named and does not end it."""
-    lanes = ["cluster1", "cluster-random1", "column", "colour", "deeper", "route+bias+dense"]
+    """A small sweep: a lane is not what it says, its printed command gives other weights, what is finished is made
+    again, a run that fails ends it."""
+    lanes = ["cluster1", "cluster-random1", "column", "colour", "deeper", "baseline@deeper", "route+bias+dense"]
     half = [*SWEEP, "--fraction", "0.5", "--lanes"]
     with folder() as here:
         status, out, err = sweep([*half, *lanes])
-        assert status == 0 and "failed" not in out + err, (out, err)
-        report = json.loads((here / "sweep" / "report.json").read_text())
-        rows, runs = ({row["lane"]: row for row in report[key]} for key in ("lanes", "runs"))
-        assert set(rows) == set(runs) == {"baseline", "baseline64", *lanes} and not report["missing"]
-        text = (here / "sweep" / "report.md").read_text()
-        assert all(f"\n{lane} " in text and runs[lane]["command"] in text for lane in lanes)
-        assert all(len(line) <= 100 for line in out.splitlines()) and out.count(" seed 0 ") == 8
-        # lanes of the factorial are missing, and models for a correlation
-        assert {path.name for path in (here / "sweep").glob("*.png")} == {"lanes.png", "clusters.png"}
-        assert not list((here / "sweep").rglob("*.claim")) and len(list((here / "sweep" / "runs").glob("*.log"))) == 8
-        assert rows["deeper"]["parameters"] >= max(rows[lane]["parameters"] for lane in ("colour", "column"))
-        assert rows["deeper"]["gflop_per_image"] >= 1.25 * rows["colour"]["gflop_per_image"]
-        contents = {lane: read_checkpoint(run_file("sweep", f"{lane}-seed0.pt")) for lane in runs}
-        saved = {lane: content["args"] for lane, content in contents.items()}
-        assert saved["cluster1"]["batch_size"] == 64 and saved["cluster1"]["w_cluster"] == 1.0
-        assert not saved["cluster1"]["cluster_random"] and saved["cluster-random1"] == saved["cluster1"] | {
-            "cluster_random": True, "out": saved["cluster-random1"]["out"]}
+        assert status == 0 and not err, (out, err)
+        text, runs = Path("sweep/report.md").read_text(), interventions.read_runs(here / "sweep")
+        runs = {lane: run for (lane, _), run in runs.items()}
+        assert set(runs) == {"baseline", "baseline64", *lanes}
+        assert names_in("sweep") == {"runs", "sweep.json", "report.md", "report.json", "lanes.png", "clusters.png"}
+        saved = {}
+        for lane, run in runs.items():         # the model's own accuracy, of a colour branch and drawn pixels too
+            content = read_checkpoint(run_file("sweep", f"{lane}-seed0.pt"))
+            saved[lane] = content["args"]
+            assert content["metrics"]["test_accuracy"] == run["reader"] == run["right"].count("1") / 40, lane
+            assert (run["lost_branch"] is None) == (saved[lane]["branch"] is None)
+        random = {"batch_size": 64, "w_cluster": 1.0, "cluster_random": True, "out": saved["cluster-random1"]["out"]}
+        assert not saved["cluster1"]["cluster_random"] and saved["cluster-random1"] == saved["cluster1"] | random
         joined = {"steps": 6, "fraction": 1.0, "branch": "bias", "readout": 8}
         assert saved["route+bias+dense"] | joined == saved["route+bias+dense"]
-        found = json.loads(run_file("sweep", "baseline-*.diagnosis.json").read_text())
-        assert saved["column"]["branch"] == f"column:{found['highest_column']}" and 0 <= found["highest_column"] < 8
-        for lane, run in runs.items():         # the model's own accuracy, of a colour branch and drawn pixels too
-            assert contents[lane]["metrics"]["test_accuracy"] == run["reader"] == rows[lane]["reader"][0], lane
-        assert found["reader"] == found["right"].count("1") / 40
-        for lane in ("column", "cluster-random1", "route+bias+dense"):
-            threads, program, file, *words = shlex.split(runs[lane]["command"])
-            assert threads == f"OMP_NUM_THREADS={torch.get_num_threads()}" and [program, file] == ["python", "train.py"]
+        assert saved["column"]["branch"] == f"column:{runs['baseline']['highest_column']}"
+        cost = {lane: run["gflop_per_image"] * run["training"]["epochs"] for lane, run in runs.items()}
+        assert cost["deeper"] > 1.5 * cost["baseline"] and abs(cost["baseline@deeper"] / cost["deeper"] - 1) < 0.005
+        for lane in ("column", "cluster-random1", "baseline@deeper"):
+            line = interventions.command_of(runs[lane])
+            threads, program, file, *words = shlex.split(line)
+            assert line in text and [threads, program, file] == ["OMP_NUM_THREADS=1", "python", "train.py"]
             if lane == "column":
                 assert finish(start_program("train.py", words, threads))[0] == 0
             else:
@@ -2602,41 +2409,18 @@ def test_sweep_command():
             assert same_weights(run_file("sweep", f"{lane}-*.pt"), f"{lane}-seed0.pt"), lane
         # what is there stays, and a report is of all of it
         before = {path: path.stat().st_mtime_ns for path in (here / "sweep" / "runs").iterdir()}
-        status, again, err = sweep(["--report-only", "--out", "sweep"])
-        assert status == 0 and out.endswith(again), err
-        assert sweep([*half, "deeper", "--device", "cpu"])[0] == 0
-        assert json.loads((here / "sweep" / "report.json").read_text())["lanes"] == report["lanes"]
+        for argv in (["--report-only", "--out", "sweep"], [*half, "deeper", "--device", "cpu"]):
+            status, again, err = sweep(argv)
+            assert status == 0 and out.endswith(again) and all(len(line) <= 100 for line in again.splitlines()), err
         assert {path: path.stat().st_mtime_ns for path in (here / "sweep" / "runs").iterdir()} == before
         # runs that fail do not end the sweep
         run_file("sweep", "cluster1-*.diagnosis.json").unlink()
         run_file("sweep", "cluster1-*.pt").write_text("no checkpoint")
         status, out, err = sweep([*half, "cluster1", "deeper"])
-        assert status == 1 and "failed: cluster1 seed 0;" in err and "\ndeeper " in out, (out, err)
-        [(name, why)] = json.loads((here / "sweep" / "report.json").read_text())["missing"].items()
-        assert name == "cluster1 seed 0" and why.startswith("failed: train.py: error: ") and "not a checkpoint" in why
+        assert status == 1 and "not a checkpoint" in err and "failed: cluster1 seed 0;" in err and "\ndeeper " in out
         status, out, err = sweep([*SWEEP, "--lanes", "wt", "column", "--lr", "1e30", "--out", "bad"])
-        assert status == 1 and out.count("not finite") == 2 and "no run is finished" in err, (out, err)
-        assert "column seed 0 " in out and "needs its seed's baseline" in out, out
-
-
-def test_baseline_of_a_lanes_compute():
-    """It costs what the lane costs, its command gives it, and where that is the baseline itself none is trained."""
-    with folder() as here:
-        lanes = ["dense", "column", "baseline@column", "baseline@dense"]
-        assert sweep([*SWEEP, "--fraction", "0.5", "--lanes", *lanes])[0] == 0
-        report = json.loads((here / "sweep" / "report.json").read_text())
-        rows, runs = ({row["lane"]: row for row in report[key]} for key in ("lanes", "runs"))
-        cost = {lane: row["gflop_per_image"] * row["epochs"] for lane, row in rows.items()}
-        assert cost["dense"] > 2 * cost["baseline"] and abs(cost["baseline@dense"] / cost["dense"] - 1) < 0.005
-        for lane in ("baseline@dense", "baseline@column"):
-            trained(shlex.split(runs[lane]["command"])[3:])
-        assert same_weights(run_file("sweep", "baseline@dense-*.pt"), "baseline@dense-seed0.pt")
-        epochs = read_checkpoint("baseline@dense-seed0.pt")["metrics"]["epochs"]
-        assert len(epochs) == math.ceil(round(10 * rows["baseline@dense"]["epochs"]) / 10) > 2
-        assert same_weights(run_file("sweep", "baseline-*.pt"), "baseline@column-seed0.pt")
-        assert rows["baseline@column"]["epochs"] == 1
-        assert not list((here / "sweep" / "runs").glob("baseline@column-*.pt"))
-        assert [row["lane"] for row in report["helps"]] == ["column", "dense"]
+        assert status == 1 and err.count("not finite") == 2 and "no run is finished" in err, (out, err)
+        assert "column seed 0\nleft out: needs its seed's baseline" in out, out
 
 
 def test_what_a_sweep_refuses():
@@ -2644,87 +2428,56 @@ def test_what_a_sweep_refuses():
     def rejected(argv, word):
         refused(argv, word, main=interventions.main)
 
-    with folder() as here:
+    with folder() as here, replaced(interventions, "step_flops", lambda args, *_: args.reader_depth):
         assert sweep([*SWEEP, "--lanes", "baseline"])[0] == 0
         for argv, word in (
-                (["--lanes", "magic"], "magic"), (["--lanes", "all", "magic"], "magic"),
-                (["--lanes", "bias+bias"], "--branch"), (["--lanes", "bias+colour"], "--branch"),
-                (["--lanes", "column+bias", "--out", "new"], "bias+column: two"), (["--seeds", "0"], "--seeds"),
-                (["--lanes", "cluster1", "--train-size", "40", "--out", "new"], "batches of 64"),
-                (["--lanes", "baseline@magic"], "baseline@magic"),
-                (["--train-size", "200"], "--train-size 160, not 200"), (["--lr", "1"], "--lr 0.003, not 1.0"),
-                (["--out", "no/such", "--lanes", "wt"], "No such file"), (["--out", "."], "something else"),
-                (["--steps-test", "2"], "--steps-test"), (["--resume"], "--resume"),
-                (["--branch", "magic"], "--branch"), (["--report-only"], "--out alone")):
+                (["--lanes", "all", "magic"], "magic"), (["--lanes", "baseline@magic"], "baseline@magic"),
+                (["--lanes", "bias+bias"], "--branch"), (["--lanes", "bias+colour", "--out", "new"], "colour: two"),
+                (["--seeds", "0"], "--seeds"), (["--train-size", "200"], "--train-size 160, not 200"),
+                (["--out", "."], "not of a sweep"), (["--out", "sweep/sweep.json"], "not of a sweep"),
+                (["--steps-test", "2"], "--steps-test"), (["--branch", "magic"], "--branch")):
             rejected([*SWEEP, *argv], word)
-        rejected(["--lanes", "wt"], "--out")
-        rejected(["--report-only", "--out", "new"], "--out alone")
-        with replaced(interventions, "LANES", interventions.LANES | {"baseline": ("", {"readout": 3})}):
-            rejected([*SWEEP, "--lanes", "baseline"], "made with --readout 0, not 3")
-        # a damaged file, or data that changed
-        mark = here / "sweep" / "sweep.json"
-        for path, text in ((run_file("sweep", "*.diagnosis.json"), "{}"), (mark, "[]")):
+        rejected(["--report-only", "--out", "new"], "not of a sweep")
+        for path in (run_file("sweep", "*.diagnosis.json"), here / "sweep" / "sweep.json"):
             kept = path.read_text()
-            for damaged in (text, kept[:len(kept) // 2]):
+            for damaged in ("{}", "[]", kept[:len(kept) // 2]):
                 path.write_text(damaged)
                 for argv in ([*SWEEP, "--lanes", "baseline"], ["--report-only", "--out", "sweep"]):
-                    rejected(argv, "something else" if path == mark else "damaged")
+                    rejected(argv, "damaged")
             path.write_text(kept)
-        mark.write_text(json.dumps(json.loads(mark.read_text()) | {"facts": [1, ["a"], 7]}))
-        rejected([*SWEEP, "--lanes", "wt"], "other data")
     assert interventions.with_baselines(["bias+route", "cluster0.1+bias"]) == [
         "baseline", "baseline64", "cluster0.1+bias", "route+bias"]
     assert interventions.with_baselines(["baseline@bias+route", "dense"]) == [
         "baseline", "dense", "baseline@route+bias"]
 
 
+@folder()
 def test_claimed_runs():
-    """A claim is respected, unless its process is gone or it and the checkpoint have been silent for ten minutes."""
-    with folder():
-        args = types.SimpleNamespace(out="run.pt", save_minutes=5.0)
-        path, checkpoint, gone = Path("run.claim"), Path("run.pt"), subprocess.Popen([sys.executable, "-c", ""])
-        gone.wait()
-        assert interventions.claim(args) and path.read_text() == interventions.OWNER
-        here = platform.node()
-        for owner, ages, taken in ((f"1 {here}", {}, False), ("1 elsewhere", {}, False), ("", {}, False),
-                                   (f"{gone.pid} {here}", {}, True), (f"{gone.pid} elsewhere", {}, False),
-                                   ("1 elsewhere", {path: 590}, False), ("1 elsewhere", {path: 610}, True),
-                                   ("1 elsewhere", {path: 900, checkpoint: 590}, False),
-                                   ("1 elsewhere", {path: 590, checkpoint: 900}, False),
-                                   ("1 elsewhere", {path: 900, checkpoint: 610}, True)):
-            checkpoint.unlink(missing_ok=True)
-            path.write_text(owner)
-            for file, age in ages.items():
-                file.touch()
-                os.utime(file, (time.time() - age,) * 2)
-            assert interventions.claim(args) == taken, (owner, ages)
-            assert path.read_text() == (interventions.OWNER if taken else owner)
-        args.save_minutes = 20.0               # a run at work may be silent for so long
-        path.write_text("1 elsewhere")
-        for file in (path, checkpoint):
-            os.utime(file, (time.time() - 1000,) * 2)
-        assert not interventions.claim(args)
+    """A claim is not respected, or is for ever where it and the checkpoint have been silent for long."""
+    claim, saved = Path("run.claim"), Path("run.pt")
+    for minutes, ages, taken in ((5, {}, True), (5, {claim: 590}, False), (5, {claim: 610}, True),
+                                 (5, {claim: 900, saved: 590}, False), (5, {claim: 590, saved: 900}, False),
+                                 (5, {claim: 900, saved: 610}, True), (20, {claim: 900, saved: 610}, False)):
+        for path in names_in("."):
+            Path(path).unlink()
+        for path, age in ages.items():
+            path.touch()
+            os.utime(path, (time.time() - age,) * 2)
+        args = types.SimpleNamespace(out="run.pt", save_minutes=minutes)
+        assert interventions.claim(args) == taken and claim.exists() and not interventions.claim(args), ages
 
 
 def test_two_sweeps_share_a_folder():
     """Each run is made once, by one of them; the report covers the seeds of both."""
-    with folder():
+    with folder() as here:
         flags = [*TINY, "--lanes", "wt", "--out", "sweep"]
         process = start_program("interventions.py", [*flags, "--seeds", 1])
         wait_for(lambda: list(Path().glob("sweep/runs/*.claim")), process)
         ends = sweep([*flags, "--seeds", 2]), finish(process)
         assert [status for status, _, _ in ends] == [0, 0], ends
-        assert "baseline seed 0         being made by another process\n" in ends[0][1], ends  # it went on with others
-        logs = [path.read_text() for path in Path("sweep/runs").glob("*.log")]
-        assert len(logs) == 4 and all(log.count("epoch   1/2") == 1 for log in logs)
-        # a run of another machine is left out, and named
-        diagnosis = run_file("sweep", "wt-seed1.diagnosis.json")
-        diagnosis.unlink()
-        Path("sweep/runs/wt-seed1.claim").write_text("1 elsewhere")
-        status, out, err = sweep([*flags, "--seed", 1, "--seeds", 1])
-        report = json.loads(Path("sweep/report.json").read_text())
-        assert status == 0 and report["missing"] == {"wt seed 1": "being made by another process"}, (out, err)
-        assert [(run["lane"], run["seed"]) for run in report["runs"]] == [("baseline", 0), ("baseline", 1), ("wt", 0)]
+        assert "seed 0\nleft out: of another process" in ends[0][1], ends     # it went on with others
+        assert sum(out.count("epoch   1/2") for _, out, _ in ends) == 4
+        assert [*interventions.read_runs(here / "sweep")] == [("baseline", 0), ("baseline", 1), ("wt", 0), ("wt", 1)]
 
 
 def test_killed_sweep_goes_on():
@@ -2740,6 +2493,8 @@ def test_killed_sweep_goes_on():
             status, _, err = finish(process)
             assert "progress" in read_checkpoint(run_file("killed", f"{lane}-*.pt"))
             assert len(list(here.glob("killed/runs/*.claim"))) == (number == signal.SIGKILL)
+            for path in here.glob("killed/runs/baseline-*"):
+                os.utime(path, (time.time() - 1000,) * 2)      # time goes by
         assert status == 143 and err.endswith("interventions.py: stopped; the same command goes on\n"), err
         assert sweep([*flags, "--out", "killed"])[0] == 0
         for lane, more in (("baseline", []), ("wt", ["--w-task", 0])):
@@ -2749,41 +2504,25 @@ def test_killed_sweep_goes_on():
 
 
 def test_recorded_runs_are_recognised():
-    """The recorded CIFAR-10 runs, of before the second rules, from a folder with settings that are none now: the same
-    accuracies and purities; no verdict, since no lane has the seeds; `lost` of a bias lane was another figure."""
+    """The recorded CIFAR-10 runs, of before the second rules, from a folder with settings that are none now: other
+    accuracies, purities or commands; a verdict, without the seeds; a bias lane's `lost`, which was another figure."""
     path = HERE / "results" / "cifar10-jpeg-16px-sweep"
-    recorded = json.loads((path / "report.json").read_text())
-    assert "bench" in json.loads((path / "sweep.json").read_text())["settings"]
-    assert interventions.read_sweep(path).depth == 13
-    with folder():
-        shutil.copytree(path, "copy")
+    recorded = json.loads((path / "report.json").read_text())["runs"]
+    with folder() as here:
+        shutil.copytree(path, "copy", ignore=shutil.ignore_patterns("*.png", "report.*"))
         status, out, err = sweep(["--report-only", "--out", "copy"])
         assert status == 0, err
         report, text = json.loads(Path("copy/report.json").read_text()), Path("copy/report.md").read_text()
-    once, now = ({(run["lane"], run["seed"]): (run["reader"], run["purity"]) for run in r["runs"]}
-                 for r in (recorded, report))
-    assert len(now) == 26 and now == once
-    assert all(run["command"] in text for run in recorded["runs"])
-    verdicts = [line.split(": ")[1].split(". ")[0] for line in report["claims"] if line.startswith("C")]
-    assert len(verdicts) == 14 and all(verdict.startswith("not decided here (fewer than ") for verdict in verdicts)
-    assert abs(report["regimes"]["class loss"]["correlations"]["phi - theta"][0] - 0.55) < 0.01
+        runs, base = interventions.read_runs(here / "copy"), interventions.open_sweep(here / "copy")
+        assert {path.name for path in Path("copy").glob("*.png")} == {"lanes.png", "clusters.png", "factorial.png"}
+    assert len(runs) == 26 and all(run["command"] in text for run in recorded)
+    assert {key: (run["reader"], run["purity"]) for key, run in runs.items()} == {
+        (run["lane"], run["seed"]): (run["reader"], run["purity"]) for run in recorded}
+    facts = 3, range(10)
+    assert interventions.lane_flags("deeper", base, facts, interventions.image_flops(base, facts))["reader_depth"] == 13
+    assert len(report["claims"]) == 1 and "accuracy +0.55 [" in report["claims"][0]
     lost = {row["lane"]: row["lost"][0] for row in report["lanes"]}
     assert lost["route+bias"] is None and lost["bias"] is None and 0.15 < lost["baseline"] < 0.16
-
-
-def test_contrastive_loss_makes_the_weights_purer():
-    """On digits, against the same batches without it."""
-    purity = {}
-    flags = ["--train-size", 320, "--width", 16, "--head-dim", 8, "--reader-depth", 1, "--batch-size", 64]
-    for weight in (0.0, 1.0):
-        with folder():
-            trained(list(map(str, flags)), f"--epochs 8 --w-cluster {weight}")
-            model, args = load_checkpoint("out.pt")
-            _, test = data.load_dataset(args)
-            fits = diagnostics.fit_all(model.fit, test, "cpu")
-            x = model.coordinates(fits.images, fits.tokens)["phi - theta"]
-            purity[weight] = float(diagnostics.purity(x, fits.labels).mean())
-    assert purity[1.0] > purity[0.0] + 0.05, purity
 
 
 # ---- every file ----------------------------------------------------------------------------------
@@ -2802,7 +2541,7 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings train pixels cohort bench claims "
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels cohort bench claims "
              "routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()

@@ -18,13 +18,13 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,201 +32,17 @@ import data
 import figures
 from checkpoint import (InputError, Stop, exits, generator, load_checkpoint, model_from,
                         read_checkpoint, save_checkpoint, seeded)
-from inner_loop import MetaSGD, draw_pixels, each_step
-from measures import supervised_contrastive, wilson
-from reader import Reader, RoutedReader
-from settings import (LAUNCH, RANK, RECIPE, WORLD, as_flags, command_line, environment, find_device,
-                      open_run, parser, peak_memory)
-from siren import Siren, Weights, coordinate_grid
-
-BLOCK_POINTS = {"cpu": 1 << 12, "cuda": 1 << 17}   # fitted at once: what a CPU's caches hold
-FITS_BYTES = {"cpu": 4 << 30, "cuda": 16 << 30}    # up to this size all fits of a run are kept
-
-
-# ---- The model -----------------------------------------------------------------------------------
-
-class MWT(nn.Module):
-    """Anchor, inner loop and reader for images (N, channels, size, size) in [-1, 1]."""
-
-    def __init__(self, args, channels: int, classes: int):
-        super().__init__()
-        self.fraction, self.centre_colour = args.fraction, args.centre_colour
-        self.w_task, self.w_cluster = args.w_task, args.w_cluster
-        self.bf16 = args.precision == "bf16"
-        with seeded("siren", args.seed):
-            self.siren = Siren(2, channels, args.width, args.depth, args.omega)
-        with seeded("inner loop", args.seed):
-            self.inner_loop = MetaSGD(self.siren, args.steps, args.shared_lr)
-        shape = (args.depth * args.width, args.width, classes, args.width + 1, args.reader_depth,
-                 args.head_dim, args.mlp_ratio, args.token_scale)
-        with seeded("reader", args.seed):
-            if args.readout or args.branch:
-                self.reader = RoutedReader(*shape, args.readout, args.branch, channels)
-            else:
-                self.reader = Reader(*shape)
-        grid = coordinate_grid(args.size, args.size)
-        self.register_buffer("coords", grid, persistent=False)                 # (P, 2)
-
-    @property
-    def points(self) -> int:
-        """Pixels of an image that one look sees."""
-        return int(self.fraction * len(self.coords) + 1e-9)
-
-    @property
-    def kind(self) -> str:
-        """Of the device; others than a CPU are taken for CUDA."""
-        return "cpu" if self.coords.device.type == "cpu" else "cuda"
-
-    @property
-    def block_size(self) -> int:
-        """Images that are fitted at once, where no gradient is kept."""
-        return max(1, BLOCK_POINTS[self.kind] // self.points)
-
-    def look(self, images: Tensor, draws: int, generator_=None) -> tuple[Tensor, Tensor]:
-        """Coords (draws, [N,] n, 2) and values (draws, N, n, C): the pixels of images (N, C, size,
-        size) that each of k + 1 draws takes, k for the inner steps and one for the outer loss. All
-        pixels, or a fraction drawn for each image anew from the generator; without a generator, in
-        evaluation, always the same for all images."""
-        values, pixels = images.flatten(2).mT, None                            # (N, P, C)
-        if self.fraction < 1:
-            g = generator_ or generator("evaluation", device=images.device)
-            n = len(images) if generator_ else 1
-            pixels = draw_pixels(draws, n, len(self.coords), self.fraction, g, images.device)
-            pixels = pixels.expand(-1, len(images), -1)                        # (draws, N, n)
-        return each_step(self.coords, values, draws, pixels)
-
-    def colour(self, values: Tensor) -> Tensor:
-        """Mean colour (N, C) of all that was seen, values (draws, N, n, C)."""
-        return values.mean((0, 2)) if self.fraction < 1 else values[0].mean(1)
-
-    def fit_and_error(self, coords: Tensor, values: Tensor, clamp=False) -> tuple[Weights, Tensor]:
-        """phi, and each image's mean squared error (N,), of what `look` returned: the last look is
-        for the error, the others are for the inner steps. With centre_colour phi stores the image
-        less its mean colour."""
-        centred, mean = values[:-1], 0.0
-        if self.centre_colour:
-            mean = self.colour(values)[:, None]                                # (N, 1, C)
-            centred = centred - mean
-        phi = self.inner_loop.descend(self.siren, coords[:-1], centred)
-        prediction = self.siren(coords[-1], phi) + mean                        # (N, n, C)
-        prediction = prediction.clamp(-1, 1) if clamp else prediction
-        return phi, (prediction - values[-1]).square().mean((-2, -1))
-
-    def tokens(self, phi: Weights) -> Tensor:
-        """phi - theta, hidden neuron by hidden neuron: (N, depth * width, width + 1), the bias
-        column last."""
-        return (phi.hidden - self.siren.hidden).flatten(1, 2)
-
-    def logits(self, tokens: Tensor, values: Tensor) -> Tensor:
-        """`read`, and for a branch that takes it the mean colour of values (draws, N, n, C)."""
-        if getattr(self.reader, "takes_colour", False):
-            return self.read(tokens, self.colour(values))
-        return self.read(tokens)
-
-    def forward(self, coords: Tensor, values: Tensor, labels: Tensor, groups=None) -> Tensor:
-        """The `statistics` of a batch as `look` returned it, k + 1 looks. The class loss reaches
-        the INR with weight w_task: its gradient is scaled where tokens enter the reader, so that
-        one backward pass serves all losses. groups (N,): what the contrastive loss pulls together,
-        if not the classes."""
-        phi, error = self.fit_and_error(coords, values)
-        tokens = self.tokens(phi)                                              # (N, T, width + 1)
-        fixed = tokens.detach()
-        if self.w_task:                                # the same numbers, w_task times the gradient
-            fixed = fixed + self.w_task * (tokens - fixed)
-        logits = self.logits(fixed, values).to(tokens.dtype)                  # (N, classes)
-        cluster = error.new_zeros(())
-        if self.w_cluster:
-            moved = [(phi.first - self.siren.first).flatten(1), tokens.flatten(1)]
-            groups = labels if groups is None else groups
-            cluster = self.w_cluster * supervised_contrastive(torch.cat(moved, 1), groups)
-        return statistics(logits, labels, error, cluster)
-
-    # What diagnostics.py asks of a method; `read` and `logits` serve training too.
-
-    def adapt(self, images: Tensor, steps: int | None = None) -> Weights:
-        """phi of images (N, C, size, size) after `steps` (default k) steps."""
-        coords, values = self.look(images, (self.inner_loop.steps if steps is None else steps) + 1)
-        return self.fit_and_error(coords, values)[0]
-
-    @torch.no_grad()
-    def fit(self, images: Tensor) -> Tensor:
-        """Images (N, C, size, size) in [-1, 1] -> tokens (N, T, width + 1)."""
-        blocks = images.split(self.block_size)
-        return torch.cat([self.tokens(self.adapt(block)) for block in blocks])
-
-    def read(self, tokens: Tensor, *colour) -> Tensor:
-        """Tokens (N, T, width + 1) -> logits (N, classes)."""
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.reader(tokens, *colour)
-
-    def trace(self, tokens: Tensor):
-        """logits (N, classes), [(stage, state (N, T, width)), ...] of the reader."""
-        return self.reader.trace(tokens)
-
-    def parts(self) -> dict[str, Tensor]:
-        """Bases (width + 1, m) of parts of a token: the bias column, and the column whose incoming
-        activation is the most constant over pixels at theta, as a bias's is."""
-        eye = torch.eye(self.siren.hidden.shape[-1], device=self.coords.device)
-        a, mean_square, square = self.coords, 0.0, 0.0
-        for weight in self.siren.layers(self.siren.anchor())[:-1]:
-            a = torch.sin(a @ weight[:, :-1].mT + weight[:, -1])               # (P, width)
-            mean_square = mean_square + a.mean(0).square()
-            square = square + a.square().mean(0)
-        constant = int((mean_square / square).argmax())
-        return {"bias column": eye[:, -1:], "most constant column": eye[:, constant:constant + 1]}
-
-    @torch.no_grad()
-    def coordinates(self, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """More places (N, d) to look for clusters: phi - theta with the first layer, each layer."""
-        blocks = images.split(self.block_size)
-        first = torch.cat([self.adapt(block).first - self.siren.first for block in blocks])
-        first = first.flatten(1)
-        layers = tokens.chunk(len(self.siren.hidden), dim=1)
-        named = {"phi - theta": torch.cat([first, tokens.flatten(1)], 1), "first layer": first}
-        named |= {f"hidden layer {i + 1}": layer.flatten(1) for i, layer in enumerate(layers)}
-        return named
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor, steps: int | None = None) -> Tensor:
-        """What the weights show of images (N, C, size, size), after so many inner steps."""
-        shown = []
-        for block in images.split(self.block_size):
-            pixels = self.siren(self.coords, self.adapt(block, steps)).mT      # (N or 1, C, P)
-            shown.append(pixels.expand_as(block.flatten(2)).view_as(block))
-        mean = images.mean((2, 3), keepdim=True) if self.centre_colour else 0.0
-        return (torch.cat(shown) + mean).clamp(-1, 1)
-
-
-def statistics(logits, labels, error, cluster) -> Tensor:
-    """Means over a batch (5,): class loss, reconstruction and weighted contrastive loss, the outer
-    losses, then accuracy and PSNR (dB)."""
-    right = (logits.argmax(-1) == labels).to(error.dtype)
-    return torch.stack([F.cross_entropy(logits, labels), error.mean(), cluster, right.mean(),
-                        psnr(error.detach()).mean()])
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1] (peak to peak 2), at most 100 dB."""
-    return 10 * torch.log10(4 / error.clamp_min(4e-10))
-
-
-def from_checkpoint(content: dict, device="cpu") -> MWT:
-    """The model in what `read_checkpoint` returned."""
-    args = argparse.Namespace(**RECIPE | content["args"])
-    channels, classes, _ = content["data"]
-    with torch.device("meta"):     # takes no memory: the sizes are only claims
-        model = MWT(args, channels, len(classes))
-    model.load_state_dict(content["model"], assign=True)
-    model.coords = coordinate_grid(args.size, args.size).to(model.siren.first.dtype)
-    return model.to(device)
-
+from measures import wilson
+from model import MWT, from_checkpoint, psnr, statistics
+from reader import Reader
+from settings import LAUNCH, RANK, WORLD, command_line, environment, find_device, open_run, parser
 
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def fitted(model: MWT, images, order, steps: int, workers: int):
     """Yields (row numbers, labels, values seen, tokens, error) for each tensor of row numbers in
-    `order`, of `images`, a `data.Images`."""
+    `order`, of a `data.Images`."""
     for rows, (pixels, labels) in zip(order, images.batches(order, model.coords.device, workers)):
         coords, values = model.look(images.signal(pixels), steps + 1)
         phi, error = model.fit_and_error(coords, values, clamp=True)
@@ -235,8 +51,7 @@ def fitted(model: MWT, images, order, steps: int, workers: int):
 
 @torch.no_grad()
 def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambda: None) -> dict:
-    """Accuracy with its interval and mean PSNR (dB) over `images`, shared by all processes; poll()
-    is called between batches."""
+    """The `score` of a `data.Images`, by all processes; poll() is called in between."""
     order = torch.arange(len(images))[RANK::WORLD].split(model.block_size)
     steps = steps or model.inner_loop.steps
     right, decibels = sums = torch.zeros(2, len(images), device=model.coords.device)
@@ -250,237 +65,54 @@ def evaluate(model: MWT, images, steps: int | None = None, workers=0, poll=lambd
 
 
 def score(right: Tensor, decibels: Tensor) -> dict:
-    """Of test images: which are read right (n,), and their PSNR (n,)."""
+    """Accuracy with its interval and mean PSNR, of what is known of each image (n,)."""
     correct, n = int(right.sum()), len(right)
     return {"test_accuracy": correct / n, "test_interval": list(wilson(correct, n)),
             "test_psnr": float(decibels.mean()), "test_images": n}
 
 
-def in_words(metrics: dict, args) -> str:
-    low, high = metrics["test_interval"]
-    of = "held-out training images" if args.val else "test images"
-    estimate = f" (an estimate: {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
-    return (f"accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}, n = "
-            f"{metrics['test_images']} {of}), PSNR {metrics['test_psnr']:.2f} dB{estimate}; "
-            f"trained for {metrics['seconds']:.0f} s")
-
-
 # ---- The outer loop ------------------------------------------------------------------------------
 
-def parameter_groups(model: nn.Module, args) -> list[dict]:
-    """Each with its learning rate and clipped by itself; frozen parameters are in none."""
+def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """Each part of the model is a group; what is frozen is in none."""
     groups = [{"params": [p for p in part.parameters() if p.requires_grad],
                "lr": args.lr_alpha if name == "inner_loop" else args.lr}
               for name, part in model.named_children()]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
-def make_optimizer(groups: list[dict], args) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay,
-                             fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
-
-
-def backward(forward, groups: list[dict], *batch) -> Tensor:
+def backward(forward, optimizer, *batch) -> Tensor:
     """Gradients, averaged over processes by one all-reduce; returns the batch's statistics."""
     stats = forward(*batch)
     stats[:3].sum().backward()
     stats = stats.detach()
     if WORLD > 1:
-        tensors = [p.grad for group in groups for p in group["params"]] + [stats]
+        tensors = [p.grad for group in optimizer.param_groups for p in group["params"]] + [stats]
         flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat / WORLD, tensors)
     return stats
 
 
-def update(groups: list[dict], optimizer) -> Tensor:
-    """Clips each group's gradient to norm 1 and steps; returns the sum of the norms."""
-    norms = [nn.utils.clip_grad_norm_(group["params"], 1.0) for group in groups]
+def update(optimizer):
+    """A step, each group's gradient clipped to norm 1."""
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return sum(norms)
 
 
 def compiled(forward, *batch):
-    """torch.compile of the step, tried on one batch; where that does not work, a line says so."""
+    """torch.compile of the step, if one batch can be had by it; if not, a line says so."""
     fast = torch.compile(forward)
     try:
         fast(*batch)[:3].sum().backward()
         return fast
     except Exception as error:     # a missing compiler, driver or package: each has its own type
-        print("torch.compile does not work here, so the step runs without it: "
-              f"{' '.join(str(error).split())[:160]}", file=sys.stderr, flush=True)
+        reason = " ".join(str(error).split())[:160]
+        print(f"torch.compile does not work here, the step runs without: {reason}", file=sys.stderr)
         return forward
-
-
-EPOCH = ("epoch {epoch:3d}/{epochs}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
-         "{held} accuracy {test_accuracy:.2%}  {held} PSNR {test_psnr:.2f} dB  {seconds:.1f} s, "
-         "{waiting_for_data:.1f} s of it waiting for data  peak {gib:.2f} GiB")
-
-
-class Run:
-    """A training run between two steps: what a checkpoint holds, and when to write one."""
-
-    def __init__(self, args, model: nn.Module, examples: int, facts: tuple, content: dict | None):
-        self.args, self.model, self.facts, self.caught = args, model, facts, []
-        self.device, self.method = next(model.parameters()).device, getattr(model, "method", "mwt")
-        self.batch = args.batch_size * WORLD
-        self.steps = examples // self.batch    # an epoch; the incomplete last batch is dropped
-        self.groups = parameter_groups(model, args)
-        self.optimizer = make_optimizer(self.groups, args)
-        total = self.total = round(args.epochs * self.steps)   # a last part of an epoch counts
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, [group["lr"] for group in self.groups], total_steps=total,
-            pct_start=0.05 if total != 20 else 0.051)  # a warm-up of one step: division by zero
-        self.metrics, self.epoch, self.step = {"epochs": [], "seconds": 0.0}, 0, 0
-        self.sums = torch.zeros(5, device=self.device, dtype=torch.get_default_dtype())
-        self.bad = torch.full((), -1, device=self.device)      # the first step that was not finite
-        self.saved_at = self.began = time.monotonic()
-        self.waited = 0.0                                      # for data, in seconds, this epoch
-        if content is not None:
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scheduler.load_state_dict(content["scheduler"])
-            progress, self.metrics = content["progress"], content["metrics"]
-            self.epoch, self.step = progress["epoch"], progress["step"]
-            self.sums += progress["sums"].to(self.device)
-            self.began, self.waited = self.began - progress["seconds"], progress["waited"]
-
-    @property
-    def length(self) -> int:
-        """Steps of this epoch; 0 when training is over."""
-        return max(0, min(self.steps, self.total - self.epoch * self.steps))
-
-    def save(self):
-        """Writes a checkpoint, unless the weights are spoilt. The first process does it alone: at
-        any of its steps it holds the state of all."""
-        out, done, bad = self.args.out, self.epoch * self.steps + self.step, int(self.bad)
-        finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-        if bad < 0 and not (finite and math.isfinite(self.metrics.get("test_psnr", 0.0))):
-            bad = done - 1                                     # the last step spoilt the weights
-        if bad >= 0:
-            kept = f"{out} is the last good" if out and os.path.exists(out) else "there is no"
-            epoch, step = divmod(bad, self.steps)
-            raise Stop(1, f"the loss or its gradient is not finite at epoch {epoch + 1}, step "
-                          f"{step + 1}; {kept} checkpoint")
-        content = {"method": self.method, "args": vars(self.args), "data": self.facts,
-                   "metrics": self.metrics, "model": self.model.state_dict()}
-        if self.length:
-            content["optimizer"] = self.optimizer.state_dict()
-            content["scheduler"] = self.scheduler.state_dict()
-            content["progress"] = {
-                "epoch": self.epoch, "step": self.step, "global_batch": self.batch,
-                "sums": self.sums.cpu(), "waited": self.waited,
-                "seconds": time.monotonic() - self.began}
-        if RANK == 0 and out:
-            save_checkpoint(out, content)
-        self.saved_at = time.monotonic()
-
-    def pause(self):
-        """Between steps: saves when it is time, and ends when asked to."""
-        if self.caught and (RANK == 0 or not self.args.out):
-            self.save()
-            raise Stop(128 + self.caught[0], "stopped" if not self.args.out else
-                       f"stopped and saved at epoch {self.epoch + 1}, step {self.step}; go on by: "
-                       + ("the same command" if self.method != "mwt" else
-                          f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}"))
-        if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
-            self.save()
-
-    def take_step(self, forward, batch):
-        stats = backward(forward, self.groups, *batch)
-        norms = update(self.groups, self.optimizer)
-        self.scheduler.step()
-        finite = torch.isfinite(stats[:3].sum() + norms)       # stays on the device
-        now = self.epoch * self.steps + self.step
-        self.bad = torch.where((self.bad < 0) & ~finite, now, self.bad)
-        self.sums += stats
-        self.step += 1
-
-    def end_epoch(self, result: dict):
-        """Takes in the evaluation, saves, and says how the epoch went."""
-        names = ("loss", "reconstruction", "weighted_cluster_loss", "train_accuracy", "train_psnr")
-        row = {"epoch": self.epoch + 1, **dict(zip(names, (self.sums / self.step).tolist())),
-               **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result},
-               "seconds": time.monotonic() - self.began, "waiting_for_data": self.waited,
-               "peak_memory_bytes": (peak := peak_memory(self.device))}
-        self.metrics |= result
-        self.metrics["epochs"].append(row)
-        self.metrics["seconds"] += row["seconds"]
-        self.epoch, self.step, self.waited = self.epoch + 1, 0, 0.0
-        self.began = time.monotonic()
-        self.sums.zero_()
-        self.save()
-        if RANK == 0 and self.args.out:
-            held, gib = "val" if self.args.val else "test", (peak or math.nan) / 2 ** 30
-            print(EPOCH.format(**row, epochs=self.args.epochs, held=held, gib=gib), flush=True)
-
-
-class Task(NamedTuple):
-    """What `train` trains on: images, or weights that were fitted once."""
-    examples: int
-    batches: Callable      # row numbers (steps, batch) -> yields what is read of each row
-    prepare: Callable      # that, and the number of the step -> what `forward` takes
-    forward: Callable      # -> statistics of the batch (5,)
-    test: Callable         # a function to call now and then -> metrics
-
-
-def image_task(args, model: MWT, images, test) -> Task:
-    device, flip = model.coords.device, args.dataset not in ("digits", "mnist")
-
-    def batches(order):
-        found = images.batches(order, device, args.workers)
-        if not args.cluster_random:
-            return found
-        g, labels = generator("random labels", args.seed), images.labels
-        drawn = labels[torch.randperm(len(labels), generator=g).to(labels.device)]  # sizes stay
-        return ((*batch, drawn[rows.to(drawn.device)].to(device))
-                for rows, batch in zip(order, found))
-
-    def prepare(batch, step):
-        pixels, *labels = batch
-        if args.augment:
-            g = generator("augmentation", args.seed, step, RANK)
-            pixels = data.augment(pixels, torch.rand(len(pixels), 6, generator=g).to(device), flip)
-        g = generator("pixels", args.seed, step, RANK, device=device)
-        return *model.look(images.signal(pixels), args.steps + 1, g), *labels
-
-    return Task(len(images), batches, prepare, model,
-                lambda poll: evaluate(model, test, args.steps_test, args.workers, poll))
-
-
-def train(args, model: nn.Module, task: Task, facts: tuple = (), content=None) -> dict:
-    """Trains to the last epoch, writing args.out as it goes (None: nothing); returns the metrics.
-    content: a checkpoint to go on from. Stop: interrupted (after saving), or a loss that is not
-    finite (without). InputError: an image that cannot be decoded (after saving)."""
-    run, forward = Run(args, model, task.examples, facts, content), None
-    compiles = args.compile or args.compile is None and run.device.type == "cuda"
-    with signals(run.caught):
-        try:
-            while run.length:
-                g = generator("order", args.seed, run.epoch)
-                order = torch.randperm(task.examples, generator=g)[:run.length * run.batch]
-                order = order.view(run.length, WORLD, -1)[run.step:, RANK]     # (steps, batch)
-                batches = task.batches(order)
-                for _ in tqdm(order, f"epoch {run.epoch + 1}/{args.epochs}", leave=False,
-                              disable=True if RANK else None):
-                    asked = time.monotonic()
-                    batch = next(batches)
-                    run.waited += time.monotonic() - asked
-                    run.pause()
-                    batch = task.prepare(batch, run.epoch * run.steps + run.step)
-                    if forward is None:
-                        forward = compiled(task.forward, *batch) if compiles else task.forward
-                        model.zero_grad()
-                    run.take_step(forward, batch)
-                run.end_epoch(task.test(run.pause))
-        except InputError:
-            run.save()
-            raise
-        except RuntimeError:
-            if RANK and run.caught:            # the first process has saved and left
-                raise Stop(128 + run.caught[0], "stopped") from None
-            raise
-    return run.metrics
 
 
 @contextlib.contextmanager
@@ -495,6 +127,128 @@ def signals(caught: list):
             signal.signal(n, handler)
 
 
+class Run:
+    """A training run between two steps: what a checkpoint holds, and when to write one."""
+
+    def __init__(self, args, model: nn.Module, examples: int, facts: tuple, content: dict | None):
+        self.args, self.model, self.facts, self.caught = args, model, facts, []
+        self.batch = args.batch_size * WORLD
+        self.steps = examples // self.batch    # an epoch; the incomplete last batch is dropped
+        total = self.total = round(args.epochs * self.steps)   # a last part of an epoch counts
+        self.optimizer = make_optimizer(model, args)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [group["lr"] for group in self.optimizer.param_groups], total,
+            pct_start=0.05 if total != 20 else 0.051)  # a warm-up of one step: division by zero
+        self.epoch = self.step = 0
+        self.sums = next(model.parameters()).new_zeros(5)      # of this epoch's statistics
+        self.metrics = {"epochs": [], "seconds": 0.0}
+        self.saved_at = self.began = time.monotonic()
+        if content is not None:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scheduler.load_state_dict(content["scheduler"])
+            progress, self.metrics = content["progress"], content["metrics"]
+            self.epoch, self.step = progress["epoch"], progress["step"]
+            self.sums += progress["sums"].to(self.sums.device)
+
+    @property
+    def length(self) -> int:
+        """Steps of this epoch; 0 when training is over."""
+        return max(0, min(self.steps, self.total - self.epoch * self.steps))
+
+    def save(self):
+        """The first process alone writes: at any of its steps it holds the state of all."""
+        state = self.model.state_dict()
+        total = self.sums.sum() + sum(p.sum() for p in state.values())         # a nan stays in it
+        if not math.isfinite(float(total) + self.metrics.get("test_psnr", 0.0)):
+            raise Stop(1, "the loss or a weight is not finite; the last checkpoint is kept")
+        content = {"method": self.model.method, "args": vars(self.args), "data": self.facts,
+                   "metrics": self.metrics, "model": state}
+        if self.length:
+            content["progress"] = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
+                                   "global_batch": self.batch}
+            content["optimizer"] = self.optimizer.state_dict()
+            content["scheduler"] = self.scheduler.state_dict()
+        if RANK == 0 and self.args.out:
+            save_checkpoint(self.args.out, content)
+        self.saved_at = time.monotonic()
+
+    def pause(self):
+        """Between steps: saves when it is time, and ends when asked to."""
+        if self.caught and RANK == 0:
+            self.save()
+            way = f"{LAUNCH} train.py --resume --out {shlex.quote(str(self.args.out))}"
+            way = way if self.model.method == "mwt" else "the same command"
+            raise Stop(128 + self.caught[0], f"stopped and saved at epoch {self.epoch + 1}, step "
+                       f"{self.step}; go on by: {way}" if self.args.out else "stopped")
+        if time.monotonic() - self.saved_at >= 60 * self.args.save_minutes:
+            self.save()
+
+    def end_epoch(self, result: dict):
+        """Takes in the evaluation, saves, and says how the epoch went."""
+        names = ("loss", "reconstruction", "weighted_cluster_loss", "train_accuracy", "train_psnr")
+        now, means = time.monotonic(), (self.sums / self.step).tolist()
+        row = {"epoch": self.epoch + 1, **dict(zip(names, means)), "seconds": now - self.began,
+               **{key: result[key] for key in ("test_accuracy", "test_psnr") if key in result}}
+        self.metrics |= result
+        self.metrics["epochs"].append(row)
+        self.metrics["seconds"] += row["seconds"]
+        self.epoch, self.step, self.began = self.epoch + 1, 0, now
+        self.save()
+        if RANK == 0 and self.args.out:
+            print("epoch {epoch:3d}/{of}  loss {loss:.4f}  reconstruction {reconstruction:.5f}  "
+                  "{on} accuracy {test_accuracy:.2%}  {on} PSNR {test_psnr:.2f} dB  {seconds:.1f} s"
+                  .format(**row, of=self.args.epochs, on="val" if self.args.val else "test"),
+                  flush=True)
+
+
+def train(args, model, examples, batches, forward, test, facts=(), content=None) -> dict:
+    """Trains to the last epoch, writing args.out as it goes (None: nothing); returns the metrics.
+
+    batches(row numbers (steps, batch), number of the first step) yields what `forward` takes, which
+    returns `statistics`; test(poll) returns metrics; content: a checkpoint to go on from."""
+    run, device = Run(args, model, examples, facts, content), next(model.parameters()).device
+    compiles = args.compile or args.compile is None and device.type == "cuda"
+    with signals(run.caught):
+        while run.length:
+            if run.step == 0:
+                run.sums.zero_()
+            g = generator("order", args.seed, run.epoch)
+            order = torch.randperm(examples, generator=g)[:run.length * run.batch]
+            order = order.view(run.length, WORLD, -1)[run.step:, RANK]         # (steps, batch)
+            bar = tqdm(batches(order, run.epoch * run.steps + run.step),
+                       f"epoch {run.epoch + 1}/{args.epochs}", len(order), leave=False,
+                       disable=True if RANK else None)
+            for batch in bar:
+                run.pause()
+                if compiles:
+                    forward, compiles = compiled(forward, *batch), False
+                    model.zero_grad()
+                run.sums += backward(forward, run.optimizer, *batch)
+                update(run.optimizer)
+                run.scheduler.step()
+                run.step += 1
+            run.end_epoch(test(run.pause))
+    return run.metrics
+
+
+def image_batches(args, model: MWT, images, order, step: int):
+    """Yields what `MWT.forward` takes for each tensor of row numbers in `order`, of a
+    `data.Images`, as drawn and augmented in that step and those after it."""
+    device, labels = model.coords.device, images.labels
+    flip = args.dataset not in ("digits", "mnist")             # digits have no mirror image
+    shuffled = torch.randperm(len(labels), generator=generator("random labels", args.seed))
+    for rows, (pixels, own) in zip(order, images.batches(order, device, args.workers)):
+        if args.augment:
+            g = generator("augmentation", args.seed, step, RANK)
+            pixels = data.augment(pixels, torch.rand(len(pixels), 6, generator=g).to(device), flip)
+        g = generator("pixels", args.seed, step, RANK, device=device)
+        batch = *model.look(images.signal(pixels), args.steps + 1, g), own
+        if args.cluster_random:                # an image's random label stays the same
+            batch = *batch, labels[shuffled[rows].to(labels.device)].to(device)
+        yield batch
+        step += 1
+
+
 # ---- A reader on fixed weights -------------------------------------------------------------------
 
 class Fits(NamedTuple):
@@ -506,20 +260,16 @@ class Fits(NamedTuple):
 
 def fit_once(model: MWT, images, steps: int, workers: int) -> Fits:
     """All of a `data.Images`, fitted by so many inner steps."""
-    n, device = len(images), model.coords.device
-    fits = Fits(torch.empty(n, *model.reader.beta.shape, device=device),
-                torch.empty(n, dtype=torch.long, device=device), torch.empty(n, device=device))
-    order = torch.arange(n).split(model.block_size)
+    order = torch.arange(len(images)).split(model.block_size)
     blocks = tqdm(fitted(model, images, order, steps, workers), "fitting", len(order), leave=False,
                   disable=None)
-    for rows, labels, _, tokens, error in blocks:
-        fits.tokens[rows], fits.labels[rows], fits.error[rows] = tokens, labels, error
-    return fits
+    fits = [(tokens, labels, error) for _, labels, _, tokens, error in blocks]
+    return Fits(*map(torch.cat, zip(*fits)))
 
 
-def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
-    """To train `read`, tokens -> logits, on fits."""
-    def batches(order):
+def train_on_fits(args, model, read, fits: Fits, test: Fits | None, facts, content=None) -> dict:
+    """`train`, of the reader of a model alone: read(tokens) -> logits."""
+    def batches(order, step):
         for rows in order.to(fits.labels.device):
             yield tuple(each[rows] for each in fits)
 
@@ -529,22 +279,19 @@ def reader_task(read, fits: Fits, test: Fits | None = None) -> Task:
 
     @torch.no_grad()
     def evaluate_fits(poll):
-        poll()
         if test is None:
             return {}
         guess = torch.cat([read(tokens).argmax(-1) for tokens in test.tokens.split(256)])
         return score((guess == test.labels).float(), psnr(test.error))
 
-    return Task(len(fits.labels), batches, lambda batch, step: batch, forward, evaluate_fits)
+    return train(args, model, len(fits.labels), batches, forward, evaluate_fits, facts, content)
 
 
 def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, facts=(),
                  test: Fits | None = None) -> Reader:
-    """A new reader trained on fixed tokens (n, T, D) and labels (n,), its size and recipe as args
-    say, its token scale such that these tokens' root mean square is 1, its offsets beta drawn with
-    `spread` times the tokens' root mean square. Writes nothing, unless a method is named: then its
-    checkpoint args.out, evaluated on `test`; a run of the same args that is there is gone on
-    with."""
+    """A new reader trained on tokens (n, T, D) and labels (n,), its token scale such that they get
+    a root mean square of 1, its offsets beta drawn with `spread` times theirs. Writes nothing,
+    unless a method is named: then its checkpoint args.out, or goes on with the one there."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
         reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
@@ -560,12 +307,69 @@ def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, 
         content = read_checkpoint(args.out)
         model.load_state_dict(content["model"])
     if content is None or "progress" in content:
-        fits = Fits(tokens, labels, torch.zeros(len(labels), device=tokens.device))
-        train(args, model, reader_task(reader, fits, test), facts, content)
+        fits = Fits(tokens, labels, tokens.new_zeros(len(labels)))
+        train_on_fits(args, model, reader, fits, test, facts, content)
     return reader.eval()
 
 
 # ---- The program ---------------------------------------------------------------------------------
+
+def facts(images) -> tuple[int, list[str], int]:
+    """What a checkpoint must know of its training data: channels, classes, number of images."""
+    return images.channels, list(images.classes), len(images)
+
+
+def open_data(args, device):
+    """(training images, test images)."""
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:                                   # waits until the first has downloaded
+        dist.barrier()
+    images, test = data.load_dataset(args, device, train=not args.eval_only)
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    if not args.eval_only and args.batch_size * WORLD > len(images):
+        raise InputError(f"--batch-size {args.batch_size}, {WORLD} process(es): there are only "
+                         f"{len(images)} training images")
+    return images, test
+
+
+def make_model(args, content: dict | None, images, device) -> MWT:
+    """The checkpoint's model, or a new one, with the INR of --init-from."""
+    if content is not None:
+        known = tuple(content["data"])
+        if facts(images)[:2] != known[:2] or not args.eval_only and facts(images) != known:
+            raise InputError(f"--dataset {args.dataset}: other channels, classes or number of "
+                             "images than the checkpoint's")
+        model = model_from(content, args.ckpt or args.out, device)
+        model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
+    else:
+        model = MWT(args, images.channels, len(images.classes)).to(device)
+    if content is None and args.init_from:
+        start, _ = load_checkpoint(args.init_from, device)
+        if start.siren.head.out_features != images.channels:
+            raise InputError(f"--init-from {args.init_from}: of images with other channels")
+        model.siren.load_state_dict(start.siren.state_dict())
+        model.inner_loop.load_state_dict(start.inner_loop.state_dict())
+    model.siren.requires_grad_(not args.freeze_siren)
+    model.inner_loop.requires_grad_(not args.freeze_siren)
+    model.inner_loop.recompute = args.recompute
+    return model
+
+
+def train_model(args, model: MWT, images, test, content) -> dict:
+    """On images; where no image's fit ever changes, and memory allows, on fits made once."""
+    cpu, steps = model.coords.device.type == "cpu", args.steps_test or args.steps
+    changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
+    gib = 4 * model.reader.beta.numel() * (len(images) + len(test)) / 2 ** 30
+    if args.freeze_siren and not changes and gib <= (4 if cpu else 16):
+        fits = fit_once(model, images, args.steps, args.workers)
+        test = fit_once(model, test, steps, args.workers)
+        return train_on_fits(args, model, model.read, fits, test, facts(images), content)
+    return train(args, model, len(images), partial(image_batches, args, model, images), model,
+                 lambda poll: evaluate(model, test, steps, args.workers, poll), facts(images),
+                 content)
+
 
 @torch.no_grad()
 def pictures(model: MWT, test, steps: int) -> dict:
@@ -582,96 +386,45 @@ def pictures(model: MWT, test, steps: int) -> dict:
             "guesses": [test.classes[c] for c in guesses]}
 
 
-def write_reports(args, model: MWT, test, metrics: dict, command: str):
-    """args.out with .json and .png in place of .pt."""
+def report(args, model: MWT, test, metrics: dict, command: str):
+    """Prints the result; writes it to args.out with .json and .png in place of .pt."""
+    low, high = metrics["test_interval"]
     held_out = "validation share of the training set" if args.val else "test set"
-    report = {"command": command, "flags": vars(args), **environment(model.coords.device),
-              "processes": WORLD, "evaluated_on": held_out, **metrics}
-    path = Path(args.out).with_suffix(".json")
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    shown = pictures(model, test, args.steps_test or args.steps)
-    figures.training_figure(path.with_suffix(".png"), report, shown)
+    estimate = f" (estimated by {args.fraction:g} of the pixels)" if args.fraction < 1 else ""
+    print(f"{held_out}: accuracy {metrics['test_accuracy']:.2%} (95% interval {low:.2%} to "
+          f"{high:.2%}, n = {metrics['test_images']}), PSNR {metrics['test_psnr']:.2f} dB"
+          f"{estimate}; trained for {metrics['seconds']:.0f} s")
+    if args.out is not None:
+        path, content = Path(args.out).with_suffix(".json"), {
+            "command": command, "flags": vars(args), **environment(model.coords.device),
+            "processes": WORLD, "evaluated_on": held_out, **metrics}
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        shown = pictures(model, test, args.steps_test or args.steps)
+        figures.training_figure(path.with_suffix(".png"), content, shown)
 
 
-def facts(images) -> tuple[int, list[str], int]:
-    """What a checkpoint must know of its training data: channels, classes, number of images."""
-    return images.channels, list(images.classes), len(images)
-
-
-def open_data(args, device):
-    """(training images, test images); of several processes the first downloads."""
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK:
-            dist.barrier()
-    images, test = data.load_dataset(args, device, train=not args.eval_only)
-    if WORLD > 1 and RANK == 0:
-        dist.barrier()
-    if not args.eval_only and args.batch_size * WORLD > len(images):
-        raise InputError(f"--batch-size {args.batch_size}, {WORLD} process(es): there are only "
-                         f"{len(images)} training images")
-    return images, test
-
-
-def make_model(args, content: dict | None, images, test, device) -> MWT:
-    """The checkpoint's model, or a new one, with the INR of --init-from."""
-    if content is None:
-        model = MWT(args, images.channels, len(images.classes)).to(device)
-        if args.init_from:
-            start, _ = load_checkpoint(args.init_from, device)
-            if start.siren.head.out_features != images.channels:
-                raise InputError(f"--init-from {args.init_from}: made for other channels")
-            model.siren.load_state_dict(start.siren.state_dict())
-            model.inner_loop.load_state_dict(start.inner_loop.state_dict())
-    else:
-        path, known = args.ckpt or args.out, tuple(content["data"])
-        if facts(test)[:2] != known[:2] or not args.eval_only and facts(images) != known:
-            raise InputError(f"--dataset {args.dataset}: not the data of {path}, or changed since: "
-                             "other channels, classes or number of images")
-        model = model_from(content, path, device)
-        model.fraction, model.bf16 = args.fraction, args.precision == "bf16"
-    for part in (model.siren, model.inner_loop):
-        part.requires_grad_(not args.freeze_siren)
-    model.inner_loop.recompute = args.recompute
-    return model
-
-
-def make_task(args, model: MWT, images, test) -> Task:
-    """Where no fit ever changes and all take at most FITS_BYTES, they are made once."""
-    changes = args.fraction < 1 or args.augment or args.w_cluster or args.branch == "colour"
-    size = 4 * model.reader.beta.numel() * (len(images) + len(test))
-    if changes or not args.freeze_siren or size > FITS_BYTES[model.kind]:
-        return image_task(args, model, images, test)
-    return reader_task(model.read, fit_once(model, images, args.steps, args.workers),
-                       fit_once(model, test, args.steps_test or args.steps, args.workers))
-
-
-def run(explicit: dict):
-    args, content = open_run(explicit)
+def run(given: dict):
+    args, content = open_run(given)
     device = find_device(args.device)
     torch.set_float32_matmul_precision("highest" if args.precision == "float32" else "high")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)             # of this run, not of one before it
     images, test = open_data(args, device)
-    model, command = make_model(args, content, images, test, device), command_line(args)
+    model = make_model(args, content, images, device)
     say = print if RANK == 0 else lambda text: None
     if args.eval_only:
         metrics = content["metrics"] | evaluate(model, test, args.steps_test, args.workers)
-        command = shlex.join([*LAUNCH.split(), "train.py", *as_flags(explicit)])
-    elif content is not None and "progress" not in content:
-        metrics = content["metrics"]
-        say(f"the run in {args.out} is finished: nothing to train")
-    else:
-        inr, reader = (sum(p.numel() for part in parts for p in part.parameters())
-                       for parts in ([model.siren, model.inner_loop], [model.reader]))
+    elif content is None or "progress" in content:
+        count = sum(p.numel() for p in model.parameters())
         say(f"{args.dataset}: {len(images):,} images to train on, {len(test):,} to evaluate on, "
-            f"{images.channels}x{args.size}x{args.size}; {device}, {WORLD} process(es)\n"
-            f"parameters: SIREN with alpha {inr:,}, reader {reader:,}")
-        metrics = train(args, model, make_task(args, model, images, test), facts(images), content)
-    say(in_words(metrics, args))
-    if RANK == 0 and args.out is not None:
-        write_reports(args, model, test, metrics, command)
+            f"{images.channels}x{args.size}x{args.size}; {count:,} parameters; {device}, {WORLD} "
+            "process(es)")
+        metrics = train_model(args, model, images, test, content)
+    else:
+        say(f"the run in {args.out} is finished: nothing to train")
+        metrics = content["metrics"]
+    if RANK == 0:
+        report(args, model, test, metrics, command_line(args))
 
 
 def main(argv: list[str] | None = None):
