@@ -76,11 +76,11 @@ class Encoder(nn.Module):
         return affine(self.through(x, own[:-1]), own[-1])
 
 
-def adam(parameters, loss, rate, steps, title=None):
-    """Steps of Adam down loss(), with a title by cosine decay; yields how many are taken."""
+def adam(parameters, loss, rate, steps, title=None, decay=True):
+    """Steps of Adam down loss(), its rate by cosine decay; yields how many are taken."""
     optimizer = torch.optim.Adam(parameters, rate, fused=True)
     for step in tqdm(range(steps), title, leave=False, disable=None if title else True):
-        if title:
+        if decay:
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.zero_grad()
         with torch.enable_grad():
@@ -118,8 +118,8 @@ def fit(encoder, x, start, values, rate, stops):
     def loss():
         return (encoder.predict(x, own) - values).square().mean((1, 2)).sum()
 
-    return [[w.detach().clone() for w in own] for step in adam(own, loss, rate, stops[-1])
-            if step in stops]
+    steps = adam(own, loss, rate, stops[-1], decay=False)
+    return [[w.detach().clone() for w in own] for step in steps if step in stops]
 
 
 def sweep(encoder, untrained, values, args, seed):
@@ -305,9 +305,11 @@ class Cohort(nn.Module):
         return self.encoder.predict(*self.own(images)).mT.reshape(images.shape).clamp(-1, 1)
 
     def read(self, tokens):
+        """Tokens -> logits (N, classes)."""
         return self.reader(tokens)
 
     def trace(self, tokens):
+        """logits, [(stage, state), ...] of the reader."""
         return self.reader.trace(tokens)
 
     def parts(self):
@@ -425,7 +427,7 @@ def read_flags(argv: list[str] | None):
     for name, (kind, default, text) in FLAGS.items():
         p.add_argument(flag(name), type=kind, default=default, help=f"{text} ({default})")
     for name, value in READER.items():
-        p.add_argument(flag(name), type=number(0, kind=type(value)), default=value,
+        p.add_argument(flag(name), type=number(0, above=True, kind=type(value)), default=value,
                        help=f"the reader's, as train.py has it ({value})")
     args = argparse.Namespace(**vars(p.parse_args(argv)), val=False, workers=0)
     if args.backbone not in RECIPE:
@@ -495,7 +497,7 @@ def run(argv: list[str] | None):
                                "metrics": {}, "model": model.state_dict()})
 
 
-def main(argv: list[str] | None=None):
+def main(argv: list[str] | None = None):
     with exits("cohort.py"):
         run(argv)
 
