@@ -224,7 +224,7 @@ def atom_rows(a, sae, pictures, side):
     maps = z[:, (z > 0).any(0)]
     own, other = (likeness(maps, x) for x in pictures)
     return {"spread": spread(maps.square(), coords), "likeness to own images": own,
-            "likeness to others": other,
+            "likeness to others": other, "tracing": own - other,
             "energy in a disc": in_a_disc(maps.square(), coords),
             "variance explained": 1 - missed[None],
             "dead atoms": 1 - torch.tensor([maps.shape[1] / z.shape[1]]),
@@ -330,39 +330,33 @@ def from_checkpoint(content, device="cpu"):
 # ---- From measurements to verdicts ----
 
 CLAIMS = {                 # of a layer: (margin, rows that must all lie above it)
-    "best depth: highest stable rank": (0, ["peak of rank - other depths (dB)"]),
-    "freezing there matches fine-tuning": (-0.5, ["peak of rank - fine-tuning (dB)"]),
-    "frozen to here beats fine-tuning": (0, ["frozen - fine-tuning (dB)"]),
-    "... and an untrained prefix": (0, ["frozen - untrained (dB)"]),
+    "best depth: highest stable rank": (0, ["highest rank over other depths (dB)"]),
+    "freezing there matches fine-tuning": (-0.5, ["highest rank over fine-tuning (dB)"]),
+    "frozen to here beats fine-tuning": (0, ["frozen over fine-tuning (dB)"]),
+    "... and an untrained prefix": (0, ["frozen over untrained (dB)"]),
     "atoms are more local than controls'": (0.05, [
-        "spread, untrained - trained", "spread, random atoms - trained"]),
+        "spread, untrained - spread, trained", "spread, random atoms - spread, trained"]),
     "atoms trace the cohort's images": (0.02, [
-        "own - other likeness, trained", "own - other, trained - untrained"]),
-    "an atom's direction matters": (0.1, ["PSNR lost (dB), atom - random"])}
+        "tracing, trained", "tracing, trained - tracing, untrained"]),
+    "an atom's direction matters": (0.1, ["PSNR lost (dB), atom - PSNR lost (dB), random"])}
 
 
 def differences(rows):
-    """The rows that the claims are about, of one seed."""
-    def less(x, y):
-        return [a[:min(len(a), len(b))] - b[:min(len(a), len(b))] for a, b in zip(rows[x], rows[y])]
-
-    kept = torch.stack(rows["held-out PSNR (dB), rest kept"], 1)               # (n, L + 1)
-    there = int(torch.cat(rows["stable rank, trained"]).argmax()) + 1
-    lead = kept[:, there, None] - kept
-    for name in ("trained", "untrained"):
-        rows[f"own - other likeness, {name}"] = less(
-            f"likeness to own images, {name}", f"likeness to others, {name}")
-    return {"peak of rank - other depths (dB)": [
-                torch.cat([lead[:, 1:there], lead[:, there + 1:]], 1)],
-            "peak of rank - fine-tuning (dB)": [lead[:, 0]],
-            "frozen - fine-tuning (dB)": list((kept - kept[:, :1]).T[1:]),
-            "frozen - untrained (dB)": less("held-out PSNR (dB), rest kept",
-                                            "held-out PSNR (dB), untrained")[1:],
-            "spread, untrained - trained": less("spread, untrained", "spread, trained"),
-            "spread, random atoms - trained": less("spread, random atoms", "spread, trained"),
-            "own - other, trained - untrained": less("own - other likeness, trained",
-                                                     "own - other likeness, untrained"),
-            "PSNR lost (dB), atom - random": less("PSNR lost (dB), atom", "PSNR lost (dB), random")}
+    """The rows of CLAIMS, of one seed's rows; x - y is as many measurements of x less those of y,
+    highest rank: of the layer whose weights have it."""
+    kept, untrained = (torch.stack(rows[f"held-out PSNR (dB), {name}"], 1)
+                       for name in ("rest kept", "untrained"))                 # (n, L + 1)
+    peak = int(torch.cat(rows["stable rank, trained"]).argmax()) + 1
+    lead = kept[:, peak, None] - kept
+    found = {"highest rank over other depths (dB)": [
+                 torch.cat([lead[:, 1:peak], lead[:, peak + 1:]], 1)],
+             "highest rank over fine-tuning (dB)": [lead[:, 0]],
+             "frozen over fine-tuning (dB)": list((kept - kept[:, :1]).T[1:]),
+             "frozen over untrained (dB)": list((kept - untrained).T[1:])}
+    for name in (name for _, names in CLAIMS.values() for name in names if " - " in name):
+        pairs = zip(*(rows[row] for row in name.split(" - ")))
+        found[name] = [x[:min(len(x), len(y))] - y[:min(len(x), len(y))] for x, y in pairs]
+    return found
 
 
 def interval(groups):
