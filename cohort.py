@@ -55,7 +55,10 @@ class Encoder(nn.Module):
         with seeded(key, seed):
             for weight, size in zip(self.layers, sizes):
                 bound = math.sqrt(6 / size) / (OMEGA if self.sine else 1)
-                bound = 1 / 2 if size == 2 else bound          # the first layer of a SIREN
+                if self.sine and weight is self.layers[0]:
+                    bound = 1 / 2
+                elif not self.sine and weight is self.layers[-1]:
+                    bound = 1 / math.sqrt(size)                # as nn.Linear: no ReLU follows
                 nn.init.uniform_(weight[:, :-1], -bound, bound)
 
     def inputs(self, side):
@@ -97,7 +100,9 @@ def train_cohort(encoder, values, args):
     """Trains the encoder on values (P, N, C); returns decoders (N * C, width + 1), one matrix
     product for all, and each image's PSNR (N,)."""
     steps, rate, _ = RECIPE[args.backbone]
-    decoders = encoder.layers[-1].detach().repeat(values.shape[1], 1).requires_grad_()
+    start, g = encoder.layers[-1].detach(), generator("decoders", args.seed)
+    noise = torch.randn(values[0].numel(), args.width, generator=g).to(start)
+    decoders = F.pad(start.std() * noise, (0, 1)).requires_grad_()             # each its own start
     x, layers = encoder.inputs(args.size), [*encoder.layers[:-1], decoders]
 
     def output():
