@@ -176,6 +176,66 @@ def cost_figure(path: Path, report: dict):
     figure.savefig(path)
 
 
+# ---- Hypernetwork --------------------------------------------------------------------------------
+
+def hypernetwork_figure(path: Path, report: dict, shown: dict):
+    """Pictures above what was measured of the latents z.
+
+    shown: {"images", "rebuilt": (n, C, h, w); "path": pictures on the way from one z to another
+    (m, C, h, w); "weights": theirs (m, T, D); "map": (q, 2); "labels": (q,)}."""
+    rows = {"image": "images", "from its z": "rebuilt", "between two z": "path",
+            "the weights there": "weights"}
+    figure = Figure(figsize=(13, 12), layout="constrained", dpi=110)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    grid = top.subplots(len(rows), len(shown["path"]), squeeze=False)
+    limit = np.abs(shown["weights"]).max()
+    for line, (name, key) in zip(grid, rows.items()):
+        for axis, image in itertools.zip_longest(line, shown[key]):
+            picture(axis, image[None] / limit if key == "weights" else image, "")
+        line[0].set_ylabel(name, fontsize=9)
+    draws = bottom.subplots(2, 2).flatten()
+    for draw, axis in zip((map_of_latents, spectrum, refit_distances, errors_of_dz), draws):
+        draw(axis, shown if draw is map_of_latents else report["theorem"])
+    figure.savefig(path)
+
+
+def map_of_latents(axis, shown: dict):
+    for c in np.unique(shown["labels"]):
+        mine = shown["map"][shown["labels"] == c]
+        axis.scatter(*mine.T, s=12, marker=MARKERS[c % 9], color=f"C{c % 10}", label=str(c))
+    label(axis, "Test images' z; a colour and marker is a class", "first principal component",
+          "second", True)
+
+
+def spectrum(axis, found: dict):
+    s = np.array(found["spectrum"])
+    axis.semilogy(range(1, len(s) + 1), s / s[0], "C0o-", markersize=3)
+    label(axis, "In how many directions does z move the picture?", "eigenvalue of J^T J",
+          f"over the largest (median of {found['images']} images)")
+
+
+def refit_distances(axis, found: dict):
+    """Sorted, a line for each start, with the penalty and without."""
+    styles = iter(LINES)
+    for penalty, rows in found["refits"].items():
+        for start, row in rows.items():
+            distance = np.maximum(np.sort(row["distances"]), 1e-12)
+            axis.semilogy(np.linspace(0, 100, len(distance)), distance, next(styles),
+                          markersize=3, label=f"{start} start, {penalty}")
+    label(axis, "Do fits from elsewhere end at the same z?", "share of images (%)",
+          "distance to z over that between images", True)
+
+
+def errors_of_dz(axis, found: dict):
+    styles = iter(LINES)
+    for way in ("newton", "gauss_newton"):
+        for change in dict.fromkeys(row["change"] for row in found["predictions"]):
+            rows = [row for row in found["predictions"] if row["change"] == change]
+            axis.loglog([row["size"] for row in rows], [row[way][0] for row in rows], next(styles),
+                        label=f"{change}, {way.replace('_', '-')}")
+    label(axis, "Is dz predicted?", "|dX| / |X|", "error over |dz| (median)", True)
+
+
 # ---- One model -----------------------------------------------------------------------------------
 
 def accuracy(result: dict) -> str:

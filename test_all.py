@@ -36,6 +36,7 @@ import cohort
 import data
 import diagnostics
 import figures
+import hyperinr
 import interventions
 import measures
 import pixels
@@ -1602,6 +1603,149 @@ def test_stopped_pixels_go_on_bit_for_bit():
     assert same(*(read_checkpoint(path)["model"] for path in ("pixels.pt", "whole.pt")))
 
 
+# ---- hyperinr.py -----------------------------------------------------------------------------------------------------
+
+HYPER = ("--train-size 96 --test-size 40 --width 8 --latent 6 --joint-epochs 3 --reader-depth 1 "
+         "--head-dim 4 --epochs 1 --workers 0").split()
+
+
+def tiny_hyperinr(kind=hyperinr.HyperINR, **changed):
+    """Its hypernetwork far enough from the anchor that images differ."""
+    args = settings.settings(hyperinr.USUAL | dict(dataset="cifar10", size=4, width=6, latent=5, head_dim=3) | changed)
+    with replaced(hyperinr, "HIDDEN", 16):
+        model = kind(args, 3, 4).requires_grad_(False)
+    model.H[-1].weight *= 40
+    return model
+
+
+@float64()
+def test_generated_weights_one_by_one():
+    """A batch of fields is not each image's own network; tokens are not its hidden rows less H(0)'s."""
+    with checkpoint.seeded("hyperinr", 0):
+        frequencies = torch.rand(2, 3).numpy() - 0.5
+    for fourier in (False, True):
+        model, z, act = tiny_hyperinr(depth=2, fourier=fourier), torch.randn(4, 5), np.sin
+        act, got = (lambda u: np.maximum(u, 0)) if fourier else np.sin, model.render(z).view(4, 16, 3)
+        for n in range(4):
+            W, start = ([w[0].numpy() for w in model.weights(each)] for each in (z[n:n + 1], torch.zeros(1, 5)))
+            assert apart(model.tokens(z)[n], torch.tensor(np.concatenate(W[1:3]) - np.concatenate(start[1:3]))) < 1e-12
+            for p, a in enumerate(coordinate_grid(4, 4).numpy()):
+                a = np.concatenate([f(10 * a @ frequencies) for f in (np.sin, np.cos)]) if fourier else a
+                for i, w in enumerate(W):
+                    a = w[:, :-1] @ a + w[:, -1]
+                    a = a if i == 3 else act(10 * a if i == 0 and not fourier else a)
+                np.testing.assert_allclose(got[n, p], a, rtol=1e-12, atol=1e-12)
+        assert apart(hyperinr.flat(model.show(z)), model.render(z).clamp(-1, 1)) < 1e-12       # pixels in one order
+
+
+@float64()
+def test_derivatives_and_newton():
+    """Hessian or mixed derivative are not those of finite differences; Newton or Adam do not end at a minimum."""
+    model, x, z, h = tiny_hyperinr(), torch.rand(3, 48) * 2 - 1, torch.randn(3, 5) / 2, 1e-5
+    loss, vmap = hyperinr.objective(model.render, 1e-3), torch.func.vmap
+    slope, value = vmap(torch.func.grad(loss)), vmap(loss)
+    assert apart(value(z, x), (model.render(z) - x).square().mean(1) + 1e-3 * z.square().sum(1)) < 1e-12
+    differences = [(slope(z + h * e, x) - slope(z - h * e, x)) / (2 * h) for e in torch.eye(5)]
+    assert apart(hyperinr.by_image(torch.func.hessian(loss), z, x), torch.stack(differences, 2)) < 1e-7
+    dx = torch.randn(3, 48)
+    mixed = (slope(z, x + h * dx) - slope(z, x - h * dx)) / (2 * h)
+    assert apart(-hyperinr.predict(loss, torch.eye(5).expand(3, 5, 5), z, x, dx), mixed) < 1e-7
+    with replaced(hyperinr, "FIT_STEPS", 200):
+        near = model.descend(torch.zeros(3, 5), x, 1e-3)
+    for start in (near, z):
+        end = hyperinr.newton(loss, start, x, 40)
+        assert slope(end, x).norm(dim=1).max() <= 1e-8
+        assert torch.linalg.eigvalsh(hyperinr.by_image(torch.func.hessian(loss), end, x)).min() > 0    # no saddle
+        assert start is z or apart(value(near, x), value(end, x)) < 0.02
+
+
+@float64()
+def test_theorem_of_a_linear_field():
+    """A figure of the theorem is not the closed form; a flat direction of z is not found and called."""
+    for is_flat, penalty in ((False, 1e-3), (True, 1e-3), (True, 0.0), (False, 0.0)):
+        A, b, images = torch.randn(48, 5), torch.randn(48), torch.rand(6, 3, 4, 4) * 2 - 1
+        A[:, 4] *= not is_flat
+
+        class Linear(hyperinr.HyperINR):
+            def render(self, z):
+                return z @ A.T + b
+        model, x = tiny_hyperinr(Linear, lambda_z=penalty), hyperinr.flat(images)
+        with replaced(hyperinr, "FIT_STEPS", 20):
+            found = hyperinr.measure(model, images)
+        H, s = 2 / 48 * A.T @ A + 2 * penalty * torch.eye(5), torch.linalg.eigvalsh(A.T @ A)
+        values, said = torch.linalg.eigvalsh(H), hyperinr.verdicts(found)
+        for name, value in (("smallest eigenvalue of L''", values[0]), ("largest eigenvalue of L''", values[4]),
+                            ("... without the penalty's share", values[0] - 2 * penalty),
+                            ("rank of J^T J", 5 - is_flat), ("|L'|", 0),
+                            ("participation ratio of J^T J", s.sum() ** 2 / s.square().sum())):
+            assert np.allclose(found[name], float(value), rtol=1e-8, atol=1e-8), name
+        if penalty or not is_flat:
+            assert np.allclose(found["condition number of L''"], float(values[4] / values[0]), rtol=1e-8)
+            loss, dx = hyperinr.objective(model.render, penalty), torch.randn(6, 48)
+            z = hyperinr.newton(loss, torch.randn(6, 5), x)
+            assert apart(z, torch.linalg.solve(H, 2 / 48 * A.T @ (x - b).T).T) < 1e-8
+            dz = hyperinr.predict(loss, H.expand(6, 5, 5), z, x, dx)
+            assert apart(dz, torch.linalg.solve(H, 2 / 48 * A.T @ dx.T).T) < 1e-8
+            assert all(row[way][2] < 1e-8 for row in found["predictions"] for way in ("newton", "gauss_newton"))
+        word = "holds" if not is_flat else "holds only by the penalty" if penalty else "does not hold"
+        assert [*said.values()][1:4] == [word] * 3 and said["L' = 0"] == "holds", (said, is_flat, penalty)
+        row = found["refits"]["no penalty"]["random"]
+        assert row["same picture"] == 1 and row["same z"] == 1 - is_flat and row["rms"][2] < 1e-8
+
+
+def test_theorem_verdicts():
+    """A planted case is called something else."""
+    def refits(without, same):
+        return {"refits": {name: {start: {"same z": share} for start in ("random", "another's")}
+                           for name, share in (("no penalty", without), ("penalty", same))}}
+    smallest, without, rank = "smallest eigenvalue of L''", "... without the penalty's share", "rank of J^T J"
+    good = {"latent": 5, "lambda_z": 1e-3, "|L'|": [0, 0, 1e-9], "largest eigenvalue of L''": [1, 1, 1],
+            smallest: [.5, .1, 1], without: [.5, .1, 1], rank: [5, 5, 5], **refits(1, 1),
+            "predictions": [{"size": s, "newton": [e, 0, 9]} for s, e in ((1e-3, .009), (1e-3, .001), (1e-2, 1))]}
+    names, fails, penalty = list(hyperinr.verdicts(good)), "does not hold", "holds only by the penalty"
+    for changed, expected in (({}, {}), ({"|L'|": [0, 0, 2e-8]}, {0: fails}),
+                              ({without: [.5, -1e-3, 1]}, {1: penalty}),
+                              ({smallest: [.5, 1e-9, 1], without: [.5, -1e-3, 1]}, {1: fails}),
+                              ({rank: [5, 4, 5]}, {2: penalty}), ({rank: [5, 4, 5], "lambda_z": 0}, {2: fails}),
+                              (refits(.94, .96), {3: penalty, 4: penalty}), (refits(1, .94), {3: fails, 4: fails}),
+                              ({"predictions": [{"size": 1e-3, "newton": [.02, 0, 1]}]}, {5: fails})):
+        expected = {name: expected.get(i, "holds") for i, name in enumerate(names)}
+        assert hyperinr.verdicts(good | changed) == expected, changed
+
+
+@folder()
+def test_hyperinr_command():
+    """A killed run does not go on from its last epoch, bit for bit; diagnostics.py does not run all four experiments,
+    or reads otherwise than the report says; bad input is taken."""
+    def killed(*arguments, **more):
+        plain(*arguments, **more)
+        if more.get("progress") == {"epoch": 2}:
+            raise KeyboardInterrupt
+    with replaced(hyperinr, "FIT_STEPS", 20), replaced(hyperinr, "HIDDEN", 32), replaced(hyperinr, "MEASURED", 3), \
+            quickly():
+        with replaced(hyperinr, "save", killed) as plain:
+            assert command(HYPER, hyperinr.main)[0] == 130
+        for argv in (HYPER, [*HYPER, "--out", "whole.pt"]):
+            status, out, err = command(argv, hyperinr.main)
+            assert status == 0 and max(map(len, out.splitlines())) <= 100, (err, out)
+        found, (model, args) = report("hyperinr"), load_checkpoint("hyperinr.pt")
+        assert same(model.state_dict(), load_checkpoint("whole.pt")[0].state_dict())
+        assert found["metrics"] == report("whole")["metrics"] and found["verdicts"] == report("whole")["verdicts"]
+        images = (test := data.load_dataset(args)[1]).signal(test.pixels)
+        decibels = hyperinr.psnr((model.reconstruct(images) - images).square().mean((1, 2, 3))).mean()
+        assert np.isclose(found["metrics"]["test_psnr"], float(decibels), rtol=1e-4)
+        diagnosed("hyperinr.pt", "--repeats", 1)
+    result = report_in("hyperinr-diagnostics")["model"]
+    assert set(result["experiments"]) == set(FILES) and result["reader"] == found["metrics"]["test_accuracy"]
+    rows = {row["coordinate"]: row["knn10"] for row in result["experiments"]["clustering"]["rows"]}
+    for name, place in (("z", "z"), ("phi - theta", "weights"), ("bias column", "bias column"), ("pixels", "pixels")):
+        assert np.isclose(rows[name], found["class"][place]["10-NN"][0])
+    for argv, *words in ((["--latent", 7], "hyperinr.pt", "another"), (["--steps", 2], "--steps"),
+                         (["--test-size", 9, "--out", "few.pt"], "9 test images"), (["--lambda-z", -1], "--lambda-z"),
+                         (["--out", "a.png"], "a.png")):
+        refused([*HYPER, *argv], *words, main=hyperinr.main)
+
+
 # ---- cohort.py -------------------------------------------------------------------------------------------------------
 
 def cohort_args(backbone="siren", **changed):
@@ -2541,8 +2685,8 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels cohort bench claims "
-             "routes diagnostics interventions").split()
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr cohort "
+             "bench claims routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
