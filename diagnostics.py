@@ -125,7 +125,7 @@ def coordinate_systems(model, bank: Fitted, queries: Fitted):
 
 GEOMETRY = {"knn1": "1-NN", "knn10": "10-NN", "nearest_mean": "nearest mean"}
 PROBES = {"linear": (fit_linear, PENALTIES), "mlp": (fit_mlp, DECAYS)}
-PROBED = ("pixels", "phi - theta", "bias column")
+PROBED = ("pixels", "phi - theta")
 
 
 def clustering(systems, bank_labels: Tensor, labels: Tensor, guesses: Tensor, probes=True,

@@ -392,6 +392,11 @@ def judge(differences: dict, factorial: dict) -> list[str]:
         return rows if all(row and len(row["gains"]) >= seeds for row in rows) else []
 
     lines = []
+    seeds = dict.fromkeys(PRESSED, 3) | dict.fromkeys(JUDGED, 5)
+    if few := [lane for lane in seeds if f"{lane} - {rivals(lane)[0]}" in differences
+               and not compared(lane, seeds[lane])]:
+        lines.append(f"not judged, for want of seeds or of a lane to compare with: "
+                     + ", ".join(sorted(few, key=place)))
     for lane in PRESSED:
         if rows := compared(lane, 3):
             purity, beyond = rows[0]["purity"], rows[1]["over_seeds"] if rows[1:] else None

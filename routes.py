@@ -283,7 +283,7 @@ def bias_route(read, tokens: Tensor, labels: Tensor, reference: Tensor, parts: d
             if name == "random columns":
                 above_sets = float((loss.mean(0) < of_bias.mean()).double().mean())
     for name, U in other_routes(reference, parts).items():
-        losses.add("route", name, [exchanged(columns(U), tokens, order) for order in orders])
+        losses.add("route", name, [exchanged(columns(U), tokens, orders[0])])
     single = single_columns(losses, bias, orders[0])
     losses.bar.close()
     return {"rows": losses.rows, "reader": float(losses.right.mean()), "test": len(tokens),

@@ -2401,7 +2401,7 @@ def judged(gains: dict, purities: dict | None = None, noise=0.001, seeds=5) -> d
         {lane: values(0.5 + gain, noise) for lane, gain in gains.items()},
         {lane: values(purity, 0.0005) for lane, purity in (purities or {}).items()}))
     lines = interventions.judge(report["differences"], report["factorial"])
-    return dict(line.split("; ")[0].split(": ", 1) for line in lines)
+    return dict(line.split("; ")[0].split(": ", 1) for line in lines if line.startswith("C"))
 
 
 def test_factorial_on_planted_accuracies():
@@ -2664,7 +2664,8 @@ def test_recorded_runs_are_recognised():
         (run["lane"], run["seed"]): (run["reader"], run["purity"]) for run in recorded}
     facts = 3, range(10)
     assert interventions.lane_flags("deeper", base, facts, interventions.image_flops(base, facts))["reader_depth"] == 13
-    assert len(report["claims"]) == 1 and "accuracy +0.55 [" in report["claims"][0]
+    few, rho = report["claims"]                        # no lane has the seeds that a verdict needs
+    assert few.startswith("not judged") and few.endswith("route+bias+dense") and "accuracy +0.55 [" in rho
     lost = {row["lane"]: row["lost"][0] for row in report["lanes"]}
     assert lost["route+bias"] is None and lost["bias"] is None and 0.15 < lost["baseline"] < 0.16
 

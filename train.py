@@ -2,7 +2,7 @@
 classify images from the weights of their INRs (Gielisse & van Gemert, "End-to-End Implicit Neural
 Representations for Classification", CVPR 2025).
 
-    python train.py                                      # 8x8 digits, embedded: under two minutes
+    python train.py                                      # 8x8 digits, embedded: 1 to 3 minutes
     python train.py --dataset cifar10                    # the paper's MWT; downloads the data
     python train.py --dataset cifar10 --w-task 0         # WT: no class loss for the INR
     torchrun --nproc_per_node=4 train.py --dataset path/to/imagenette --width 256
