@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
 
 def adam(parameters, loss, rate, steps, decay=True):
-    """Adam down loss(), its rate by cosine decay; yields the number of steps taken."""
+    """Adam down loss(), by cosine decay; yields the number of steps taken."""
     optimizer = torch.optim.Adam(parameters, rate, fused=True)
     for step in range(steps):
         if decay:
@@ -119,9 +119,9 @@ def fit(encoder, x, start, values, stops):
 
 
 def sweep(encoder, untrained, values, args, seed):
-    """PSNR of new images (N, P, C) with 0 to L layers frozen; with 0 this is fine-tuning, or from
-    scratch. On the half of the pixels that is fitted it tells what can be trained, on the other
-    what transfers."""
+    """PSNR of new images (N, P, C) with 0 to L layers frozen; 0: fine-tuning, or from scratch. On
+    the half of the pixels that is fitted it tells what can be trained, on the other what transfers.
+    """
     order = torch.randperm(values.shape[1], generator=generator("half", seed)).to(values.device)
     seen, unseen = order.chunk(2)
     old, new, rows = list(encoder.layers), list(untrained.layers), {}
@@ -130,8 +130,8 @@ def sweep(encoder, untrained, values, args, seed):
         for name, start in (("rest kept", old), ("rest new", old[:frozen] + new[frozen:]),
                             ("untrained", new)):
             x = encoder.through(encoder.inputs(args.size), start[:frozen])
-            fits = fit(encoder, x[seen], start[frozen:], values[:, seen], stops)
-            for step, own in zip(stops, fits):
+            found = fit(encoder, x[seen], start[frozen:], values[:, seen], stops)
+            for step, own in zip(stops, found):
                 output = encoder.predict(x, own)
                 for where, half in (("fitted", seen), ("held-out", unseen)):
                     row = f"{where} PSNR (dB), {name}" + f", {step} steps" * (step < stops[-1])
@@ -229,12 +229,11 @@ def table(report):
     """Means of the layers; each claim's difference, interval, verdict. The JSON has all rows."""
     layers, lines = report["flags"]["layers"], []
 
-    def line(name, cells):
-        cells = [""] * (len(cells) == layers) + [f"{x:.2f}" if type(x) is float else x
-                                                 for x in cells]
+    def line(name, cells, form=".2f"):
+        cells = [""] * (len(cells) == layers) + [format(x, form) for x in cells]
         lines.append(f"{name:36}" + "".join(f"{cell:>10}" for cell in cells))
 
-    line("layer; PSNR: the last frozen one", ["none", *map(str, range(layers))])
+    line("layer; PSNR: the last frozen one", ["none", *range(layers)], "")
     for row, cells in report["rows"].items():
         if not row.endswith(("steps", "second seed", "other cohort")):
             line(row, [value for value, *_ in cells])
@@ -242,7 +241,7 @@ def table(report):
     for claim, cells in report["claims"].items():
         for name, column in zip((claim, "  from", "  to"), zip(*cells)):
             line(name, column)
-        line("", [x.replace("not decided", "?") for x in report["verdicts"][claim]])
+        line("", [x.replace("not decided", "?") for x in report["verdicts"][claim]], "")
     return "\n".join(lines)
 
 
@@ -257,10 +256,10 @@ class Cohort(nn.Module):
         self.args, self.encoder, self.reader = args, encoder, None
 
     def split(self):
-        """What own layers see of an image (P, width), and their start."""
-        layers, own = [w.detach() for w in self.encoder.layers], self.args.freeze + 1
+        """What own layers see (P, width), and their start."""
+        layers, first = [w.detach() for w in self.encoder.layers], self.args.freeze + 1
         x = self.encoder.inputs(self.args.size)
-        return self.encoder.through(x, layers[:own]), layers[own:]
+        return self.encoder.through(x, layers[:first]), layers[first:]
 
     def fit(self, images):
         """Images (N, C, size, size) -> tokens (N, T, width + 1)."""
@@ -274,8 +273,7 @@ class Cohort(nn.Module):
         """The images (N, C, size, size) of tokens."""
         x, start = self.split()
         own = [w + part for w, part in zip(start, tokens.split([len(w) for w in start], 1))]
-        pixels = self.encoder.predict(x, own).mT.clamp(-1, 1)                  # (N, C, P)
-        return pixels.unflatten(2, (self.args.size, self.args.size))
+        return self.encoder.predict(x, own).mT.unflatten(2, 2 * [self.args.size]).clamp(-1, 1)
 
     def reconstruct(self, images):
         return self.show(self.fit(images))
@@ -345,14 +343,14 @@ def read_flags(argv):
         f"--freeze {args.freeze}: there is no such layer": (args.freeze or 0) >= args.layers,
         f"--train-size {args.train_size}: two cohorts and {NEW} images are more":
             args.train_size < 2 * args.images + NEW}
-    for problem in (problem for problem, is_there in problems.items() if is_there):
-        raise InputError(problem)
+    if any(problems.values()):
+        raise InputError(max(problems, key=problems.get))
     settings.check_output(argparse.Namespace(out=args.out, resume=True))
     return args
 
 
 def conclude(seeds, args, device):
-    """All intervals of all seeds' rows; they and the verdicts are written, drawn and printed."""
+    """Writes, draws and prints intervals and verdicts of all seeds' rows; the rows' intervals."""
     rows, claims = intervals(seeds), intervals([differences(rows) for rows in seeds])
     report = {"command": settings.command_line(args, "cohort"), "flags": vars(args),
               **settings.environment(device), "rows": rows, "claims": claims,

@@ -509,7 +509,8 @@ def cohort_figure(path: Path, report: dict):
     draw(axes[5], [("atom, mean image", "PSNR lost (dB), atom"),
                    ("random direction, mean image", "PSNR lost (dB), random"),
                    ("atom, worst image", "PSNR lost on one image (dB), atom"),
-                   ("random direction, worst image", "PSNR lost on one image (dB), random")], numbers,
+                   ("random direction, worst image", "PSNR lost on one image (dB), random")],
+         numbers,
          "What does an atom's direction do?\nas much removed along it and along a random direction",
          "layer", "PSNR lost by the cohort's images (dB; bars: 95%)")
     figure.savefig(path)
