@@ -88,10 +88,10 @@ def adam(parameters, loss, rate, steps, decay=True):
         yield step + 1
 
 
-def train_cohort(encoder, values, args):
+def train_cohort(encoder, values, args, seed):
     """Trains the encoder on images (N, P, C); returns decoders (N, C, width + 1)."""
     steps, rate, _ = encoder.recipe
-    start, g = encoder.layers[-1].detach(), generator("decoders", args.seed)
+    start, g = encoder.layers[-1].detach(), generator("decoders", seed)
     noise = torch.randn(len(values), len(start), args.width, generator=g).to(start)
     decoders = F.pad(start.std() * noise, (0, 1)).requires_grad_()             # each its own start
     x, layers = encoder.inputs(args.size), [*encoder.layers[:-1], decoders]
@@ -154,8 +154,8 @@ def measure(images, args, seed):
                 for key in ("trained", "other cohort", "untrained")}
     encoder, other, untrained = encoders.values()
     values, x = mine.flatten(2).mT, encoder.inputs(args.size)                  # (N, P, C)
-    decoders = train_cohort(encoder, values, args)
-    train_cohort(other, others.flatten(2).mT, args)
+    decoders = train_cohort(encoder, values, args, seed)
+    train_cohort(other, others.flatten(2).mT, args, seed)
     shown = encoder.predict(x, [*encoder.layers[:-1], decoders])
     rows = {"cohort's PSNR (dB)": [decibels(shown, values)]}
     rows |= sweep(encoder, untrained, new.flatten(2).mT, args, seed)
@@ -350,8 +350,11 @@ def read_flags(argv):
 
 
 def conclude(seeds, args, device):
-    """Writes, draws and prints intervals and verdicts of all seeds' rows; the rows' intervals."""
+    """Writes, draws and prints what all seeds' rows say, and chooses the depth of the tokens."""
     rows, claims = intervals(seeds), intervals([differences(rows) for rows in seeds])
+    if args.freeze is None:
+        depths = rows["held-out PSNR (dB), rest kept"][1:]
+        args.freeze = depths.index(max(depths))
     report = {"command": settings.command_line(args, "cohort"), "flags": vars(args),
               **settings.environment(device), "rows": rows, "claims": claims,
               "verdicts": {claim: [verdict(cell, SAME.get(claim, 0)) for cell in cells]
@@ -359,8 +362,7 @@ def conclude(seeds, args, device):
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1) + "\n")
     figures.cohort_figure(path.with_suffix(".png"), report)
-    print(table(report), flush=True)
-    return rows
+    print(f"{table(report)}\nfrozen for the tokens: layers 0 to {args.freeze}", flush=True)
 
 
 def run(argv):
@@ -371,10 +373,7 @@ def run(argv):
         pixels, labels = next(images.batches([torch.arange(len(images))], device, args.workers))
         data.append((images.signal(pixels), labels))
     encoders, seeds = zip(*(measure(data[0][0], args, args.seed + s) for s in range(args.seeds)))
-    rows = conclude(seeds, args, device)
-    if args.freeze is None:
-        depths = rows["held-out PSNR (dB), rest kept"][1:]
-        args.freeze = depths.index(max(depths))
+    conclude(seeds, args, device)
     model, key = Cohort(args, encoders[0]), hashlib.sha256(repr(args).encode()).hexdigest()[:8]
     files = [Path(args.out).with_suffix(f".{key}.{name}") for name in ("train", "test", "pt")]
     fits, test = (fit_all(model, *each, path) for each, path in zip(data, files))
