@@ -510,3 +510,50 @@ def clusters_figure(path: Path, lanes: list[dict]):
         label(axis, f"Lanes with another weight of the {loss}", PURITY,
               "reader accuracy (%; bars: sd over n seeds)", bool(rows))
     figure.savefig(path)
+
+
+# ---- Cohort --------------------------------------------------------------------------------------
+
+def cohort_figure(path: Path, report: dict):
+    """report["rows"]: {row: [(value, low, high) of each layer]}, of PSNR first with none frozen."""
+    rows, layers = report["rows"], report["flags"]["layers"]
+    figure, axes = canvas(2, 3, 17, 9.5)
+
+    def draw(axis, named: list[tuple], places: list, title: str, x: str, y: str):
+        """named: (name, row), a line each."""
+        curves(axis, [(name, place, cell) for name, row in named
+                      for place, cell in zip(places, rows[row])])
+        label(axis, title, x, y, len(named) > 1)
+
+    depths, numbers = ["none", *(f"0 to {l}" for l in range(layers))], list(range(layers))
+    for axis, where, why in ((axes[0], "held-out", "What transfers? PSNR on pixels not fitted"),
+                             (axes[1], "fitted", "What can be trained? PSNR on fitted pixels")):
+        psnr = f"{where} PSNR (dB), "
+        draw(axis, [("layers above start as trained (none: fine-tuning)", psnr + "rest kept"),
+                    ("layers above start anew (none: from scratch)", psnr + "rest new"),
+                    ("control: frozen layers untrained", psnr + "untrained")],
+             depths, f"{why}\nof new images, {report['flags']['fit_steps']} steps",
+             "frozen layers of the encoder", "PSNR (dB; bars: 95%)")
+    draw(axes[2], [("trained", "stable rank, trained"), ("untrained", "stable rank, untrained")],
+         numbers, "Is the best depth that of the highest stable rank? "
+         + report["verdicts"]["best depth: highest stable rank"][0], "layer",
+         "stable rank of its weights")
+    controls = ("trained", "second seed", "other cohort", "untrained", "random atoms")
+    names = dict(zip(controls, ("trained", "trained, second dictionary", "another cohort's encoder",
+                                "control: untrained encoder", "control: random atoms")))
+    draw(axes[3], [(names[each], f"spread, {each}") for each in controls], numbers,
+         "How local are dictionary atoms?\nspread of an atom's map: 0 a point, 1 the whole image",
+         "layer", "mean spread (bars: 95%)")
+    draw(axes[4], [(f"{encoder}, {whose}", f"likeness to {row}, {encoder}")
+                   for encoder in ("trained", "untrained")
+                   for whose, row in (("the cohort", "own images"), ("other images", "others"))],
+         numbers, "Do atoms trace the images of the cohort?\nlargest |correlation| of an atom's "
+         "map with one of the images", "layer", "mean over atoms (bars: 95%)")
+    draw(axes[5], [("atom, mean image", "PSNR lost (dB), atom"),
+                   ("random direction, mean image", "PSNR lost (dB), random"),
+                   ("atom, worst image", "PSNR lost on one image (dB), atom"),
+                   ("random direction, worst image", "PSNR lost on one image (dB), random")],
+         numbers,
+         "What does an atom's direction do?\nas much removed along it and along a random direction",
+         "layer", "PSNR lost by the cohort's images (dB; bars: 95%)")
+    figure.savefig(path)

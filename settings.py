@@ -147,6 +147,8 @@ def command_line(args, program: str = "train") -> str:
     """The shortest command that makes this run, whatever flags it was started or resumed with."""
     usual = recipe(args.dataset, args.size)
     usual |= {"dataset": "digits", "size": SIZE.get(args.dataset, 32)}
+    if program == "cohort":                    # its defaults are its own
+        usual = {}
     hidden = {"resume", "compile", "recompute", "workers"}
     if program != "train":
         hidden.add("token_scale")              # it follows from the tokens

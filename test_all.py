@@ -32,8 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import checkpoint
 import claims
+import cohort
 import data
 import diagnostics
+import dictionary
 import diffusion
 import figures
 import hyperinr
@@ -1960,6 +1962,210 @@ def test_mlora_command():
         refused([*argv, *more], *words, main=mlora.main)
 
 
+# ---- dictionary.py ---------------------------------------------------------------------------------------------------
+
+@float64()
+def test_maps_by_hand():
+    """Spread, disc, likeness or half-width is another number than where it is known."""
+    coords, maps = coordinate_grid(31, 31), torch.zeros(961, 3)
+    maps[100, 0] = maps[15 * 31, 2] = maps[15 * 31 + 30, 2] = 2                # a point; a pair at (0, -1) and (0, 1)
+    maps[:, 1] = 1
+    uniform = 2 * np.linspace(-1, 1, 31).var()
+    np.testing.assert_allclose(dictionary.spread(maps, coords), [0, 1, math.sqrt(1 / uniform)], atol=1e-6)
+    held = dictionary.in_a_disc(maps, coords)
+    assert abs(held[0] - 1) < 1e-9 and abs(held[2] - 0.5) < 1e-9 and 26 / 961 <= held[1] <= 29 / 961
+    pictures = torch.rand(961, 3)
+    maps = torch.stack([3 - 2 * pictures[:, 1], torch.rand(961)], 1)
+    against = np.abs(np.corrcoef(maps[:, 1], pictures.T)[0, 1:]).max()
+    np.testing.assert_allclose(dictionary.likeness(maps, pictures), [1, against], atol=1e-9)
+    wave = torch.cos(torch.arange(60) * math.pi / 12)                          # period 24: below a half past 24 / 6
+    assert dictionary.half_width((wave[:, None] + wave).view(-1, 1)) in range(4, 7)
+    assert dictionary.half_width(torch.randn(3600, 5)) == 1
+
+
+@float64()
+def test_dictionary_by_hand():
+    """The code is not the k largest where positive; loss or gradient, dead atoms included, are others; training leaves
+    as much of sparse activations as a random dictionary does."""
+    sae = dictionary.Dictionary(*(torch.randn(*shape).requires_grad_() for shape in ((6, 4), (6, 4), (4,))))
+    (E, D, c), a = (p.detach() for p in sae), torch.randn(5, 4)
+    x, s = a - c, (a - c) @ E.T
+    for dead in (torch.zeros(6), torch.tensor([0, 1, 0, 0, 1, 1])):
+        M, R = torch.zeros(5, 6), torch.zeros(5, 6)    # which fire, and of the dead
+        for p in range(5):
+            for mask, able in ((M, range(6)), (R, dead.nonzero().flatten().tolist())):
+                for i in sorted(able, key=lambda i: -s[p, i])[:2]:
+                    mask[p, i] = s[p, i] > 0
+        r, aux = x - s * M @ D, bool(dead.any()) / 32
+        more = r - s * R @ D
+        up = -(r @ D.T * M + aux * more @ D.T * R) / 10                        # d loss / d s
+        grads = [up.T @ x, -((s * M).T @ r + aux * (s * R).T @ more) / 10, -r.sum(0) / 10 - (up @ E).sum(0)]
+        with replaced(dictionary, "TOPK", 2):
+            loss = sae.loss(a, sae.code(a), dead.bool())
+        assert apart(loss, (r.square().sum() + aux * more.square().sum()) / 20) < 1e-12
+        assert apart(torch.autograd.grad(loss, list(sae)), grads) < 1e-10
+    a = (torch.rand(400, 32) < 0.1) * torch.rand(400, 32) @ F.normalize(torch.randn(32, 16))
+    with replaced(dictionary, "ATOMS", 64):
+        found = [dictionary.train_dictionary(a, steps, 0) for steps in (0, 200)]
+    missed = [(a - sae.code(a) @ sae.decoder - sae.centre).square().mean() for sae in found]
+    assert missed[1] < missed[0] / 4 and apart(found[1].decoder.norm(dim=1), torch.ones(64)) < 1e-12
+
+
+@float64()
+def test_ablation_by_hooking():
+    """A direction is not projected out, one that decides is not told from one that does not, or an atom subtracted
+    where it fires changes something elsewhere."""
+    a, first = torch.randn(49, 6), torch.nn.Linear(6, 12).requires_grad_(False)
+    first.weight[:, :2] *= torch.tensor([20, 0])       # direction 0 decides, nothing reads 1
+
+    def rest(a):
+        return (first(a).tanh() / 2).view(49, 4, 3).transpose(0, 1)
+    z, values = a.relu() * (torch.rand(49, 6) < 0.3), rest(a) + 0.01 * torch.randn(4, 49, 3)
+    z[:, 5] = 0                                        # a dead atom
+    rows = dictionary.ablate(rest, a, z, torch.eye(6), values, 0)
+    assert rows["change elsewhere, if only there"].tolist() == [0] and len(rows["PSNR lost (dB), random"]) == 5
+    for n, d in enumerate(torch.eye(6)[:5]):
+        hook = first.register_forward_pre_hook(lambda module, x: x[0] - torch.outer((x[0] - x[0].mean(0)) @ d, d))
+        output = rest(a)
+        hook.remove()
+        lost = dictionary.decibels(rest(a), values) - dictionary.decibels(output, values)
+        change = (output - rest(a)).square().sum((0, 2))
+        expected = lost.mean(), lost.max(), change[z[:, n] > 0].sum() / change.sum()
+        for row, x in zip(("PSNR lost (dB)", "PSNR lost on one image (dB)", "change where it fires"), expected):
+            assert n == 1 or abs(rows[f"{row}, atom"][n] - x) < 1e-9
+    less = rows["PSNR lost (dB), atom"] - rows["PSNR lost (dB), random"]
+    assert less[0] > 1 and less[1] < -1
+
+
+# ---- cohort.py -------------------------------------------------------------------------------------------------------
+
+def cohort_args(backbone="siren", size=8):
+    return argparse.Namespace(backbone=backbone, width=32, layers=3, size=size, fit_steps=40)
+
+
+@float64()
+def test_cohort_fits_by_hand():
+    """The field is another one, N images fitted at once are not each fitted as if alone by Adam, what is frozen moves,
+    or a stable rank is not that of power iteration."""
+    for backbone in ("siren", "ffmlp"):
+        encoder, a = cohort.Encoder(cohort_args(backbone), 3, 0), coordinate_grid(8, 8).numpy()
+        *shared, last = weights = [w.detach().numpy() for w in encoder.layers]
+        for w, bound in zip(weights, (1 / 4, 6 / 32 / 900) if backbone == "siren" else (6 / 64, 6 / 32)):
+            assert 0.8 * bound < np.square(w).max() < bound
+        if backbone == "ffmlp":
+            phase = a @ encoder.frequencies.numpy().T
+            a = np.concatenate([np.sin(phase), np.cos(phase)], 1)
+        for W in shared:
+            a = a @ W[:, :-1].T + W[:, -1]
+            a = np.sin(30 * a) if backbone == "siren" else a.clip(0)
+        got = encoder.predict(encoder.inputs(8), list(encoder.layers))
+        assert apart(got, torch.from_numpy(a @ last[:, :-1].T)) < 1e-12
+        values, before = torch.rand(5, 64, 3), [w.detach().clone() for w in encoder.layers]
+        seen, start = encoder.through(encoder.inputs(8), encoder.layers[:2]).detach(), list(encoder.layers)[2:]
+        found = cohort.fit(encoder, seen, start, values, [3, 9])
+        for n in range(5):
+            own = [w.detach().clone().requires_grad_() for w in start]
+            optimizer = torch.optim.Adam(own, cohort.RECIPE[backbone][2])
+            for step in range(9):
+                optimizer.zero_grad()
+                (encoder.predict(seen, own) - values[n]).square().mean().backward()
+                optimizer.step()
+                if step in (2, 8):
+                    assert apart([w[n] for w in found[step == 8]], own) < 1e-9
+        assert all(torch.equal(a, b) for a, b in zip(encoder.layers, before))
+    W, v = torch.randn(20, 31), torch.randn(30)
+    for _ in range(500):
+        v = F.normalize(W[:, :-1].T @ (W[:, :-1] @ v), dim=0)
+    assert apart(cohort.stable_rank(W), W[:, :-1].square().sum() / (W[:, :-1] @ v).square().sum()) < 1e-6
+
+
+def planted_atoms(kind: str) -> dict:
+    """Rows of a layer whose atoms are bumps, or the images, or noise over the whole plane."""
+    own, others, maps = torch.rand(225, 4), torch.rand(225, 4), torch.rand(225, 8)
+    if kind == "images":
+        maps = own.repeat(1, 2)
+    if kind == "bumps":
+        maps = (-20 * (coordinate_grid(15, 15)[:, None] - torch.rand(8, 2) + 0.5).square().sum(2)).exp()
+    sae = dictionary.Dictionary(torch.eye(8), torch.eye(8), torch.zeros(8))
+    return dictionary.describe(maps, sae, own, others)[0]
+
+
+@float64()
+def test_planted_cohorts():
+    """Layers 0 and 1 alone transfer: the sweep does not find it out, with the stable rank highest there or elsewhere;
+    atoms that are bumps, that are the images, a direction that decides, are not told from others."""
+    args, random = cohort_args(size=12), torch.linalg.qr(torch.randn(32, 32)).Q
+    for second, third, best in ((random / 12, 1e-6 * torch.ones(32, 32), "yes"), (None, 1e-9 * random, "no")):
+        encoder, untrained = (cohort.Encoder(args, 3, 0, key) for key in ("trained", "untrained"))
+        encoder.recipe = (1, 1e-3, 1e-2)
+        with torch.no_grad():
+            if second is not None:
+                encoder.layers[1][:, :-1] = second
+            encoder.layers[2][:, :-1] = third
+            values = encoder.through(encoder.inputs(12), encoder.layers[:2]) @ torch.randn(10, 32, 3) / 8
+            rows = cohort.sweep(encoder, untrained, values, args, 0)
+            rows["stable rank, trained"] = [cohort.stable_rank(w)[None] for w in encoder.layers[:-1]]
+        for name in ("trained", "untrained", "random atoms", "other cohort"):
+            for kind in ("bumps", "images", "noise"):
+                for row, x in planted_atoms(kind if name == "trained" else "noise").items():
+                    rows.setdefault(f"{row}, {name}", []).append(x)
+        rows["PSNR lost (dB), atom"] = list(5 + torch.rand(3, 9))
+        rows["PSNR lost (dB), random"] = list(torch.tensor([[0.], [5], [7]]) + torch.rand(3, 7))
+        found = {claim: [cohort.verdict(cell, cohort.SAME.get(claim, 0)) for cell in cells]
+                 for claim, cells in cohort.intervals([cohort.differences(rows)] * 2).items()}
+        assert found["best depth: highest stable rank"] == [best]
+        assert best == "no" or found["freezing there beats fine-tuning"] == ["yes"]
+        assert found["frozen to here beats fine-tuning"][1] == "yes" == found["frozen to here beats untrained"][1]
+        for claim, planted in (("atoms more local than untrained's", 0), ("atoms more local than random ones", 0),
+                               ("atoms trace images trained on", 1)):
+            assert [word == "yes" for word in found[claim]] == [layer == planted for layer in range(3)]
+        assert found["an atom's direction matters"][::2] == ["yes", "no"]
+    for low, high, word in ((1, 2, "yes"), (-2, -1, "no"), (-.4, .3, "same"), (-.4, .6, "not decided")):
+        assert cohort.verdict((0, low, high), same=0.5) == word
+
+
+COHORT = ("--size 8 --width 32 --layers 2 --images 6 --fit-steps 9 --token-steps 4 --train-size 60 --test-size 30 "
+          "--epochs 1 --reader-depth 1").split()
+
+
+@folder()
+def test_cohort_command():
+    """A stopped run is not found again, bit for bit; diagnostics.py cannot take it; a cohort is not learnt; bad input
+    is taken."""
+    fits, plain = [], cohort.Cohort.fit
+
+    def killed(model, images):
+        fits.append(len(images))
+        if len(fits) == 4:
+            raise KeyboardInterrupt
+        return plain(model, images)
+    with replaced(cohort, "RECIPE", {"siren": (150, 1e-3, 1e-3), "ffmlp": (150, 3e-3, 3e-3)}), \
+            replaced(dictionary, "STEPS", 9), replaced(dictionary, "ATOMS", 24), replaced(cohort, "BLOCK", 20):
+        with replaced(figures, "cohort_figure", lambda *_: None), replaced(cohort.Cohort, "fit", killed):
+            assert command(COHORT, cohort.main)[0] == 130 and command(COHORT, cohort.main)[0] == 0
+            assert fits == [1, 20, 20, 20, 1, 20, 1, 20, 10]                   # 40 of 60 were there
+            assert command([*COHORT, "--out", "whole.pt"], cohort.main)[0] == 0
+        argv = "--seeds 2 --freeze 0 --backbone ffmlp --out b.pt".split()
+        status, out, err = command([*COHORT, *argv], cohort.main)
+        assert status == 0 and "nan" not in out and max(map(len, out.splitlines())) <= 100, out + err
+        for argv, word in ((["--freeze", 2], "--freeze 2"), (["--backbone", "x"], "siren"), (["--depth", 2], "--depth"),
+                           (["--train-size", 19], "--train-size"), (["--out", "a.png"], "a.png")):
+            refused([*COHORT, *argv], word, main=cohort.main)
+        assert names_in(".") == set("b.png b.json b.pt cohort.json cohort.pt whole.json whole.pt".split())
+        assert all(report(name)["rows"]["cohort's PSNR (dB)"][0][0] > 15 for name in ("b", "cohort"))
+        assert same(*(read_checkpoint(path)["model"] for path in ("cohort.pt", "whole.pt")))
+        model, images = load_checkpoint("b.pt")[0], torch.rand(3, 1, 8, 8) * 2 - 1
+        own, = cohort.fit(model.encoder, *model.split(), images.flatten(2).mT, [4])
+        assert apart(model.fit(images), torch.cat(own, 1) - torch.cat(model.split()[1])) < 1e-4
+        shown = model.encoder.predict(model.split()[0], own).clamp(-1, 1)
+        assert apart(model.reconstruct(images).flatten(2).mT, shown) < 1e-5
+        with quickly():
+            diagnosed("b.pt")
+    found = report_in("b-diagnostics")["model"]
+    assert set(found["experiments"]) == set(diagnostics.DEFAULT) and not found["left_out"]
+    assert found["reader"] == read_checkpoint("b.pt")["metrics"]["test_accuracy"]
+
+
 # ---- claims.py -------------------------------------------------------------------------------------------------------
 
 def about(value, half=0.005) -> tuple:
@@ -2678,8 +2884,8 @@ def test_style():
 
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
-    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels hyperinr "
-             "diffusion bench claims mlora routes diagnostics interventions").split()
+    rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels theorem hyperinr "
+             "diffusion dictionary cohort bench claims mlora routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):
