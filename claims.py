@@ -268,13 +268,15 @@ def run_of(content: dict) -> str:
 def point(model: dict) -> dict:
     """What the comparison takes from one model's report: who it is, and its evidence."""
     flags, method = model["training"], model.get("method", "mwt")
-    w_task = flags.get("w_task")               # None: a method without a class loss for its weights
-    names = {None: method, 0: "WT", 0.01: "MWT"}
+    label, follows = model.get("lane") or method, {"token_scale"}      # from a run's own tokens
+    if method == "mwt":
+        names, follows = {0: "WT", 0.01: "MWT"}, set()
+        label = model.get("lane") or names.get(flags["w_task"], f"w_task {flags['w_task']}")
     found = {"name": model["name"], "seed": flags["seed"], "method": method,
-             "data": json.dumps([flags.get(key) for key in DATA]),
-             "label": model.get("lane") or names.get(w_task, f"w_task {w_task}"),
-             "setting": method + key_of(flags, ["seed"]),
-             "architecture": method + key_of(flags, TRAINING), "evidence": evidence(model)}
+             "data": json.dumps([flags.get(key) for key in DATA]), "label": label,
+             "setting": method + key_of(flags, follows | {"seed"}),
+             "architecture": method + key_of(flags, follows | TRAINING),
+             "evidence": evidence(model)}
     flow = model["experiments"].get("token-flow", {})
     if "reader_halves" in flow:
         found |= {"reader_halves": flow["reader_halves"],

@@ -2246,6 +2246,10 @@ def test_comparison_across_models():
     of_pixels = [model_report(0.01, seed, 0.05) | {"method": "pixels"} for seed in range(3)]
     beside = claims.across([*[model_report(0.01, seed, 0.1) for seed in range(3)], *of_pixels])["verdicts"]
     assert "MWT - the same Transformer on pixels: +5.0 [+5.0, +5.0] points, 3 seeds" in beside, beside
+    latent = [model_report(0.01, seed, 0.1) | {"method": "hyperinr"} for seed in range(3)]
+    for seed, found in enumerate(latent):      # a run's own: no other setting
+        found["training"]["token_scale"] = seed
+    assert [row["label"] for row in claims.across(latent)["seeds"]] == ["hyperinr"]
     reports[0]["training"]["width"] = 9
     assert claims.across(reports)["models"] == 17
     few = claims.across(reports[:2])
