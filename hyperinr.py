@@ -31,7 +31,7 @@ import settings
 import theorem
 from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
                         seeded)
-from data import load_dataset
+from data import load_dataset, stratified_sample
 from measures import (DECAYS, PENALTIES, fit_linear, fit_mlp, fit_probe, knn_predict,
                       nearest_mean_predict, paired_bootstrap, principal, wilson)
 from model import psnr
@@ -355,12 +355,12 @@ def open_run(args) -> dict | None:
     return content
 
 
-def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor) -> dict:
-    """For the figure: images and what their z show; on the way from one z to another what is shown,
-    and the weights; z on two principal components."""
-    way = torch.lerp(z[0], z[-1], torch.linspace(0, 1, 8)[:, None].to(z.device))
+def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor, rows: Tensor) -> dict:
+    """For the figure: the images of some rows and what their z show; on the way from one z to
+    another what is shown, and the weights; all z on two principal components."""
+    way = torch.lerp(z[rows[0]], z[rows[-1]], torch.linspace(0, 1, 8)[:, None].to(z.device))
     mean, components, _ = principal(z)
-    shown = {"images": images[:8], "rebuilt": model.show(z[:8]), "path": model.show(way),
+    shown = {"images": images[rows], "rebuilt": model.show(z[rows]), "path": model.show(way),
              "weights": model.tokens(way), "map": (z - mean) @ components[:, :2],
              "labels": labels}
     return {name: each.cpu().numpy() for name, each in shown.items()}
@@ -386,14 +386,15 @@ def run(argv: list[str] | None):
                "test_accuracy": right / n, "test_interval": wilson(right, n)}
     args.token_scale = model.reader.token_scale
     save(model, images, metrics)
-    found = conditions(model, x[:MEASURED])
+    rows = stratified_sample(test_labels.cpu(), MEASURED)
+    found = conditions(model, x[rows])
     report = {"command": settings.command_line(args, "hyperinr"), "flags": vars(args),
               "metrics": metrics, "theorem": found, "verdicts": theorem.verdicts(found),
               "class": read_class(bank, labels, queries, test_labels),
               **settings.environment(device)}
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    shown = pictures(model, x, z, test_labels)
+    shown = pictures(model, x, z, test_labels, rows[::2])
     figures.hypernetwork_figure(path.with_suffix(".png"), report, shown)
     print(tables(report))
 
