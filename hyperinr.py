@@ -355,9 +355,10 @@ def open_run(args) -> dict | None:
     return content
 
 
-def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor, rows: Tensor) -> dict:
-    """For the figure: the images of some rows and what their z show; on the way from one z to
-    another what is shown, and the weights; all z on two principal components."""
+def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor) -> dict:
+    """For the figure: eight images and what their z show; on the way from one z to another what is
+    shown, and the weights; all z on two principal components."""
+    rows = torch.linspace(0, len(z) - 1, 8).long()
     way = torch.lerp(z[rows[0]], z[rows[-1]], torch.linspace(0, 1, 8)[:, None].to(z.device))
     mean, components, _ = principal(z)
     shown = {"images": images[rows], "rebuilt": model.show(z[rows]), "path": model.show(way),
@@ -394,7 +395,7 @@ def run(argv: list[str] | None):
               **settings.environment(device)}
     path = Path(args.out).with_suffix(".json")
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    shown = pictures(model, x, z, test_labels, rows[::2])
+    shown = pictures(model, x, z, test_labels)
     figures.hypernetwork_figure(path.with_suffix(".png"), report, shown)
     print(tables(report))
 
