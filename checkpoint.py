@@ -18,7 +18,7 @@ import torch
 
 FORMAT, VERSION = "routed-inr", 1
 # A method's file; a module's name never comes from a checkpoint.
-METHODS = {"mwt": "train", "pixels": "pixels", "hyperinr": "hyperinr", "mlora": "mlora",
+METHODS = {"mwt": "model", "pixels": "pixels", "hyperinr": "hyperinr", "mlora": "mlora",
            "cohort": "cohort"}
 PARTS = {"args": dict, "data": tuple, "model": dict, "metrics": dict}
 

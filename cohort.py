@@ -379,7 +379,8 @@ def run(argv):
     fits, test = (fit_all(model, *each, path) for each, path in zip(data, files))
     model.reader = train_reader(
         fits.tokens, fits.labels, argparse.Namespace(**vars(args) | {"out": str(files[2])}),
-        method="cohort", facts=facts(sets[0]), test=test)
+        method="cohort", facts=facts(sets[0]), test=test,
+        classes=len(sets[0].classes))
     args.token_scale, metrics = model.reader.token_scale, read_checkpoint(files[2])["metrics"]
     save_checkpoint(args.out, {"method": "cohort", "args": vars(args), "data": facts(sets[0]),
                                "metrics": metrics, "model": model.state_dict()})

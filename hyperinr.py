@@ -128,7 +128,8 @@ class HyperINR(nn.Module):
         """z (N, l) of images (N, C, size, size) in [-1, 1], fitted from 0; each image once."""
         keys = [image.tobytes() for image in images.cpu().numpy()]
         new = torch.tensor([i for i, key in enumerate(keys) if key not in self.fitted]).long()
-        bar = tqdm(new.split(BLOCK), "fitting", leave=False, disable=len(new) <= BLOCK or None)
+        blocks = new.split(BLOCK) if len(new) else ()
+        bar = tqdm(blocks, "fitting", leave=False, disable=len(new) <= BLOCK or None)
         for rows in bar:
             values = images[rows].flatten(2).mT                                # (N, P, C)
             start = values.new_zeros(len(values), self.args.latent)
@@ -313,7 +314,7 @@ def tables(report: dict) -> str:
     text += "\n"
     line(f"on {found['images']} test images", "median", "least", "most")
     for name, values in found.items():
-        if isinstance(values, list) and len(values) == 3:
+        if isinstance(values, list) and name not in ("spectrum", "predictions"):
             line(name, *values)
     text += "\n"
     line("refits from another start", "same z (share)", "same picture", "median rms")
@@ -330,7 +331,7 @@ def tables(report: dict) -> str:
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p = settings.parser(__doc__.split("\n\n")[0])
     p.prog, more = "hyperinr.py", p.add_argument_group("hypernetwork")
-    for name, kind, text in (("--latent", settings.whole(1, 4096), "l, numbers in z"),
+    for name, kind, text in (("--latent", settings.whole(2, 4096), "l, numbers in z"),
                              ("--lambda-z", settings.number(0), "lambda_z, weight of |z|^2"),
                              ("--joint-epochs", settings.whole(1), "of H and z")):
         more.add_argument(name, type=kind, help=text)
@@ -380,7 +381,7 @@ def run(argv: list[str] | None):
     model.args = args
     psnrs = train_jointly(model, images, content)
     x, labels, z, bank = look(model, images)
-    model.reader = train_reader(model.tokens(z), labels, args)
+    model.reader = train_reader(model.tokens(z), labels, args, classes=len(images.classes))
     x, test_labels, z, queries = look(model, test)
     right, n = int((model.read(model.tokens(z)).argmax(1) == test_labels).sum()), len(test)
     metrics = {"train_psnr": psnrs, "test_psnr": model.decibels(z, flat(x)), "test_images": n,

@@ -89,7 +89,7 @@ class MLoRA(nn.Module):
 
     def __init__(self, args, channels: int, classes: int):
         super().__init__()
-        self.args, self.channels = args, channels
+        self.args, self.channels, self.classes = args, channels, classes
         self.register_buffer("coords", args.omega * coordinate_grid(args.size, args.size))
         self.base = nn.Parameter(self.draw_network("base", args.seed)[0], False)
         with seeded("reader", args.seed):
@@ -345,7 +345,7 @@ def examine(model: MLoRA, kind: str, init: str, data: list[Tensor], found: dict)
                                      "PSNR": float(decibels.mean())}
     found["pictures"][name] = pictures[:8]
     if name == KEPT or "classify" in args.only:
-        reader = train_reader(bank - start, labels, args)
+        reader = train_reader(bank - start, labels, args, classes=model.classes)
         row["reader"] = float((reader(test - start).argmax(1) == test_labels).double().mean())
     if name == KEPT:
         model.reader, args.token_scale = reader, reader.token_scale

@@ -131,12 +131,12 @@ class MWT(nn.Module):
         """Bases (width + 1, m) of parts of a token: the bias column, and the column whose incoming
         activation is the most constant over pixels at theta, as a bias's is."""
         eye = torch.eye(self.siren.hidden.shape[-1], device=self.coords.device)
-        a, mean_square, square = self.coords, 0.0, 0.0
+        a, squared_mean, mean_square = self.coords, 0.0, 0.0
         for weight in self.siren.layers(self.siren.anchor())[:-1]:
             a = torch.sin(a @ weight[:, :-1].mT + weight[:, -1])               # (P, width)
-            mean_square = mean_square + a.mean(0).square()
-            square = square + a.square().mean(0)
-        constant = int((mean_square / square).argmax())
+            squared_mean = squared_mean + a.mean(0).square()
+            mean_square = mean_square + a.square().mean(0)
+        constant = int((squared_mean / mean_square).argmax())
         return {"bias column": eye[:, -1:], "most constant column": eye[:, constant:constant + 1]}
 
     @torch.no_grad()
@@ -151,12 +151,15 @@ class MWT(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor, steps: int | None = None) -> Tensor:
         """What the weights show of images (N, C, size, size), after so many inner steps."""
-        shown = []
+        shown, steps = [], self.inner_loop.steps if steps is None else steps
         for block in images.split(self.block_size):
-            pixels = self.siren(self.coords, self.adapt(block, steps)).mT      # (N or 1, C, P)
+            coords, values = self.look(block, steps + 1)
+            phi = self.fit_and_error(coords, values)[0]
+            pixels = self.siren(self.coords, phi).mT                           # (N or 1, C, P)
+            if self.centre_colour:
+                pixels = pixels + self.colour(values)[..., None]
             shown.append(pixels.expand_as(block.flatten(2)).view_as(block))
-        mean = images.mean((2, 3), keepdim=True) if self.centre_colour else 0.0
-        return (torch.cat(shown) + mean).clamp(-1, 1)
+        return torch.cat(shown).clamp(-1, 1)
 
 
 def statistics(logits, labels, error, cluster) -> Tensor:

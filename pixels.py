@@ -160,7 +160,8 @@ def run(argv: list[str] | None):
 
     def train_on(fits: Fits, test: Fits, args, **changed) -> dict:             # metrics
         args = argparse.Namespace(**vars(args) | changed)
-        train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", facts(images), test)
+        train_reader(fits.tokens, fits.labels, args, args.spread, "pixels", facts(images), test,
+                     len(images.classes))
         return read_checkpoint(args.out)["metrics"]
 
     def write():

@@ -878,6 +878,7 @@ def test_reader_learns_planted_classes():
         return 0.01 * (2 * directions[labels] + torch.randn(n, 6, 5, generator=g)), labels
     (tokens, labels), (others, other_labels) = planted(300), planted(200)
     args = settings.settings(dict(width=8, head_dim=4, reader_depth=1, epochs=6, batch_size=16, lr=2e-2))
+    assert train.train_reader(tokens, labels, args, classes=12).head.out_features == 12
     reader = train.train_reader(tokens, labels, args)
     assert reader.beta.shape == (6, 5) and not list(Path().iterdir())
     assert (reader(others).argmax(1) == other_labels).double().mean() > 0.85
@@ -1615,8 +1616,9 @@ def test_theorem_of_a_linear_field():
     for is_flat, penalty in ((False, 1e-3), (True, 1e-3), (True, 0.0), (False, 0.0)):
         A, b, x = torch.randn(48, 5), torch.randn(48), torch.rand(6, 48) * 2 - 1
         A[:, 4] *= not is_flat
-        render = lambda z: z @ A.T + b
-        found = theorem.measure(render, lambda z, x, penalty: z, x, penalty, {"noise": torch.randn(6, 48)},
+        render, noise = lambda z: z @ A.T + b, torch.randn(6, 48)
+        noise[0] = 0                           # nothing is said of an image that does not change
+        found = theorem.measure(render, lambda z, x, penalty: z, x, penalty, {"noise": noise, "none": 0 * noise},
                                 {"0": torch.zeros(6, 5), "random": torch.randn(6, 5), "another's": torch.randn(6, 5)})
         H, s = 2 / 48 * A.T @ A + 2 * penalty * torch.eye(5), torch.linalg.eigvalsh(A.T @ A)
         values, said = torch.linalg.eigvalsh(H), theorem.verdicts(found)

@@ -14,6 +14,7 @@ J = df/dz, leaves out how f curves: does it predict dz as well?
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
 
@@ -53,7 +54,7 @@ def newton(loss, z: Tensor, x: Tensor, steps=15) -> Tensor:
             break
         at, to, slope = z[going], x[going], slope[going, None]
         values, basis = torch.linalg.eigh(second_derivative(loss, at, to))
-        values = values.abs().clamp_min(ZERO * values.abs().max())[:, None]
+        values = values.abs().clamp(min=ZERO * values.abs().amax(1, True))[:, None]
         move = -(slope @ basis / values @ basis.mT)[:, 0]
         limit = value(at, to) * (1 + 1e-13)                    # rounding is no rise
         for _ in range(20):
@@ -105,22 +106,23 @@ def predict(loss, second: Tensor, z: Tensor, x: Tensor, dx: Tensor) -> Tensor:
     """dz = -second^-1 (dL'/dX) dX (n, l)."""
     def mixed(z, x, dx):
         return jvp(lambda x: grad(loss)(z, x), (x,), (dx,))[1]
-    inverse = torch.linalg.pinv(second, hermitian=True)        # there are flat directions without
-    return -(inverse @ vmap(mixed)(z, x, dx)[..., None])[..., 0]                   # a penalty
+    inverse = torch.linalg.pinv(second, hermitian=True)        # flat directions, if no penalty
+    return -(inverse @ vmap(mixed)(z, x, dx)[..., None])[..., 0]
 
 
 def prediction(loss, lambda_z: float, J: Tensor, z: Tensor, x: Tensor, changes: dict) -> list[dict]:
     """|predicted dz - dz of a refit| / |dz| as images change, by L'' and by Gauss-Newton.
-    changes: {what: direction (n, D)}."""
+    changes: {what: direction (n, D)}; images that it leaves as they are do not count."""
     rows, eye = [], torch.eye(z.shape[1]).to(z)
     ways = {"newton": second_derivative(loss, z, x),
             "gauss_newton": 2 / x.shape[1] * J.mT @ J + 2 * lambda_z * eye}
     for what, direction in changes.items():
-        for size in SIZES:
-            dx = size * direction * (x.norm(dim=1) / direction.norm(dim=1))[:, None]
-            dz = newton(loss, z, x + dx) - z
-            errors = {way: (predict(loss, second, z, x, dx) - dz).norm(dim=1) / dz.norm(dim=1)
-                      for way, second in ways.items()}
+        some = direction.norm(dim=1) > 0
+        at, to, unit = z[some], x[some], F.normalize(direction[some]) * x[some].norm(dim=1)[:, None]
+        for size in SIZES if some.any() else ():
+            dz = newton(loss, at, to + size * unit) - at
+            errors = {way: (predict(loss, second[some], at, to, size * unit) - dz).norm(dim=1)
+                      / dz.norm(dim=1) for way, second in ways.items()}
             rows.append({"change": what, "size": size, **{w: spread(e) for w, e in errors.items()}})
     return rows
 

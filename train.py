@@ -33,7 +33,7 @@ import figures
 from checkpoint import (InputError, Stop, exits, generator, load_checkpoint, model_from,
                         read_checkpoint, save_checkpoint, seeded)
 from measures import wilson
-from model import MWT, from_checkpoint, psnr, statistics
+from model import MWT, psnr, statistics
 from reader import Reader
 from settings import LAUNCH, RANK, WORLD, command_line, environment, find_device, open_run, parser
 
@@ -149,6 +149,7 @@ class Run:
             progress, self.metrics = content["progress"], content["metrics"]
             self.epoch, self.step = progress["epoch"], progress["step"]
             self.sums += progress["sums"].to(self.sums.device)
+            self.began -= progress.get("seconds", 0.0)         # of the epoch that was interrupted
 
     @property
     def length(self) -> int:
@@ -165,7 +166,8 @@ class Run:
                    "metrics": self.metrics, "model": state}
         if self.length:
             content["progress"] = {"epoch": self.epoch, "step": self.step, "sums": self.sums.cpu(),
-                                   "global_batch": self.batch}
+                                   "global_batch": self.batch,
+                                   "seconds": time.monotonic() - self.began}
             content["optimizer"] = self.optimizer.state_dict()
             content["scheduler"] = self.scheduler.state_dict()
         if RANK == 0 and self.args.out:
@@ -288,14 +290,16 @@ def train_on_fits(args, model, read, fits: Fits, test: Fits | None, facts, conte
 
 
 def train_reader(tokens: Tensor, labels: Tensor, args, spread=0.0, method=None, facts=(),
-                 test: Fits | None = None) -> Reader:
+                 test: Fits | None = None, classes: int | None = None) -> Reader:
     """A new reader trained on tokens (n, T, D) and labels (n,), its token scale such that they get
     a root mean square of 1, its offsets beta drawn with `spread` times theirs. Writes nothing,
-    unless a method is named: then its checkpoint args.out, or goes on with the one there."""
+    unless a method is named: then its checkpoint args.out, or goes on with the one there. classes:
+    more than there are labels, where a small training set has not all."""
     scale = 1 / float(tokens.square().mean().sqrt())
     with seeded("reader", args.seed):
-        reader = Reader(tokens.shape[1], args.width, int(labels.max()) + 1, tokens.shape[2],
-                        args.reader_depth, args.head_dim, args.mlp_ratio, scale)
+        classes = classes or int(labels.max()) + 1
+        reader = Reader(tokens.shape[1], args.width, classes, tokens.shape[2], args.reader_depth,
+                        args.head_dim, args.mlp_ratio, scale)
     if spread:
         nn.init.normal_(reader.beta, std=spread / scale, generator=generator("beta", args.seed))
     model, content = nn.ModuleDict({"reader": reader.to(tokens.device)}), None
@@ -437,5 +441,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]     # a checkpoint that is loaded finds this one
     main()
