@@ -76,9 +76,9 @@ class HyperINR(nn.Module):
             self.H = nn.Sequential(nn.Linear(args.latent, HIDDEN), nn.Tanh(),
                                    nn.Linear(HIDDEN, HIDDEN), nn.Tanh(),
                                    nn.Linear(HIDDEN, sum(map(math.prod, self.shapes))))
-            nn.init.uniform_(self.H[-1].weight, -0.01, 0.01)   # all images start near H(0)
+            nn.init.uniform_(self.H[-1].weight, -0.01, 0.01)   # H(z) is near `start` for all z
             self.H[-1].bias.data = torch.cat([layer.flatten() for layer in start])
-        with seeded("reader", args.seed):
+        with seeded("reader", args.seed):      # its trained one takes its place
             self.reader = Reader(args.depth * width, width, classes, width + 1, args.reader_depth,
                                  args.head_dim, args.mlp_ratio, args.token_scale)
         self.register_buffer("inputs", inputs)
@@ -333,7 +333,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p.prog, more = "hyperinr.py", p.add_argument_group("hypernetwork")
     for name, kind, text in (("--latent", settings.whole(2, 4096), "l, numbers in z"),
                              ("--lambda-z", settings.number(0), "lambda_z, weight of |z|^2"),
-                             ("--joint-epochs", settings.whole(1), "of H and z")):
+                             ("--joint-epochs", settings.whole(1), "of H and z alone")):
         more.add_argument(name, type=kind, help=text)
     more.add_argument("--fourier", action="store_true", help="Fourier features, ReLU: no SIREN")
     given = vars(p.parse_args(argv))

@@ -45,9 +45,9 @@ class MetaSGD(nn.Module):
         self.steps, self.shared = steps, shared
         self.recompute = False      # True: the backward pass computes each step again: less memory
         count = 1 if shared else steps
-        for name, w in siren.anchor()._asdict().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(count, *w.shape)))
-        for j in range(count):      # so that more steps start from the same step sizes plus more
+        self.first = nn.Parameter(torch.empty(count, *siren.first.shape))
+        self.hidden = nn.Parameter(torch.empty(count, *siren.hidden.shape))
+        for j in range(count):      # step by step: the first ones are the same for any k
             for alpha in self.parameters():
                 nn.init.uniform_(alpha[j], 0.1, 1)
 
@@ -67,8 +67,9 @@ class MetaSGD(nn.Module):
 
         def step(j, phi):
             _, grad = siren.loss_and_grad(coords[j], values[j], phi)
-            alphas = (getattr(self, name)[0 if self.shared else j] for name in phi._fields)
-            return phi._make(w - alpha * g for w, alpha, g in zip(phi, alphas, grad))
+            j = 0 if self.shared else j
+            return phi._replace(first=phi.first - self.first[j] * grad.first,
+                                hidden=phi.hidden - self.hidden[j] * grad.hidden)
 
         phi = siren.anchor()
         for j in range(len(values)):

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.layer_scale = nn.Parameter(torch.full((width,), 0.1))
 
     def forward(self, x: Tensor, asking: int | None = None) -> Tensor:
-        """asking: only the first so many rows ask; all are asked."""
+        """x (N, T, width); asking: only so many first rows are queries, keys and values are all."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (N, heads, T, head_dim)
                    for y in self.qkv(self.norm(x)).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q[:, :, :asking], k, v)

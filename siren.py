@@ -6,7 +6,7 @@ as W's last column (the augmented weight):
 
     a_0 = sin(omega (W_0 x + b_0)),   a_l = sin(W_l a_{l-1} + b_l),   f(x) = scale * (V a_depth + c)
 
-The head (V, c) and the scale are shared by all images; the inner loop leaves them alone.
+The head (V, c) and the scale are shared by all images: the outer loop alone trains them.
 `Siren.loss_and_grad` is the gradient of the reconstruction loss in closed form. It calls no
 autograd itself, so autograd can differentiate through it in one first-order pass.
 
@@ -34,7 +34,7 @@ def coordinate_grid(height: int, width: int) -> Tensor:
 
 
 class SinCos(torch.autograd.Function):
-    """sin z and cos z. Each is the other's derivative: autograd alone would compute both again."""
+    """sin z and cos z, up to sign each other's derivative: autograd would compute both again."""
 
     @staticmethod
     def forward(ctx, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,13 @@ class Siren(nn.Module):
             a, slope = SinCos.apply(affine(inputs[-1], weight))  # (N, P, width); (P, ...) at theta
             inputs.append(a)
             slopes.append(slope)
-        error = self.scale * self.head(inputs.pop()) - values    # (N, P, out)
+        last = inputs.pop()
+        error = self.scale * self.head(last) - values            # (N, P, out)
         loss = error.square().mean((-2, -1))                     # (N,)
 
         count = values.shape[-2] * values.shape[-1]
         d = (2 / count) * self.scale * error                     # dL/d(head's output) (N, P, out)
-        weight_above, grads = self.head.weight, []               # grads: the first layer's first
+        weight_above, grads = self.head.weight, []               # grads: in the layers' order
         for weight, a, slope in zip(reversed(layers), reversed(inputs), reversed(slopes)):
             d = (d @ weight_above) * slope                       # dL/du (N, P, width)
             grads.insert(0, torch.cat([d.mT @ a, d.sum(-2)[..., None]], -1))   # (N, width, in + 1)
