@@ -337,8 +337,8 @@ def across(models: list[dict], seed: int = 0) -> dict:
 
 ACROSS = {"R": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",
           "G on pixels": "px G", "L on pixels": "px L", "late pooled": "late",
-          "late flattened": "all", "exchanged": "bias", "margin random columns": "- sets",
-          "margin principal components": "- comp."}
+          "late flattened": "all", "exchanged": "bias", "margin random columns": "-sets",
+          "margin principal components": "-comp"}
 
 
 def across_table(result: dict) -> str:
