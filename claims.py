@@ -335,10 +335,10 @@ def across(models: list[dict], seed: int = 0) -> dict:
             "verdicts": (verdicts or few) + against_pixels(points)}
 
 
-ACROSS = {"R": "R %", "G": "G %", "L": "L %", "R - G": "R - G", "R - L": "R - L",
+ACROSS = {"R": "R %", "G": "G %", "L": "L %", "R - G": "R-G", "R - L": "R-L",
           "G on pixels": "px G", "L on pixels": "px L", "late pooled": "late",
-          "late flattened": "all", "exchanged": "bias", "margin random columns": "-sets",
-          "margin principal components": "-comp"}
+          "late flattened": "all", "exchanged": "bias", "margin random columns": "sets",
+          "margin principal components": "comp"}
 
 
 def across_table(result: dict) -> str:
@@ -350,7 +350,7 @@ def across_table(result: dict) -> str:
                      *(percent(p["evidence"].get(key, [None])[0]) for key in keys)]
                     for p in points]),
              "px: on pixels; late: late - early rise of 10-NN on the mean token, all: of all; "
-             "bias: loss with the bias column exchanged, and that less its controls'; points"]
+             "bias: loss with the bias column exchanged; sets, comp: less its controls'; points"]
     if result["correlations"]:
         values = ", ".join(f"{name} {rho[0]:+.2f}" for name, rho in result["correlations"].items())
         lines.append(f"Spearman's rho of purity and accuracy ({result['models']} models, "
