@@ -210,12 +210,9 @@ UNUSED = {"data_root", "train_size", "test_size", "val", "steps_test", "readout"
 
 
 def run(argv: list[str]):
-    p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog = "bench.py"
+    p = settings.parser(__doc__.split("\n\n")[0], "bench.py", settings.RECIPE.keys() - UNUSED)
     p.add_argument("mode", nargs="?", choices=("paths", "cost", "imagenet"), default="paths")
     explicit = vars(p.parse_args(argv))
-    for name in UNUSED & set(explicit):
-        raise InputError(f"{settings.flag(name)}: does not shape a step")
     usual = {"dataset": "cifar10", "out": "bench.json"}
     if explicit["mode"] == "imagenet":
         usual |= {"size": 320, "width": 256, "fraction": 0.01}

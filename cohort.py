@@ -330,15 +330,14 @@ USED = ("dataset data_root size train_size test_size val workers width reader_de
 
 
 def read_flags(argv):
-    p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog, more, usual = "cohort.py", p.add_argument_group("cohort"), dict(USUAL)
+    p, usual = settings.parser(__doc__.split("\n\n")[0], "cohort.py", USED, USUAL), dict(USUAL)
+    more = p.add_argument_group("cohort")
     for name, (usual[name], kind, text) in OWN.items():
         more.add_argument(settings.flag(name), type=kind, help=f"{text} ({usual[name]})")
     given = vars(p.parse_args(argv))
     args = vars(settings.settings(usual | given))
     args = argparse.Namespace(**{name: args[name] for name in (*USED, *OWN)})
-    problems = {f"{settings.flag(name)}: means nothing to a cohort": not hasattr(args, name)
-                for name in given} | {
+    problems = {
         f"--backbone {args.backbone}: neither siren nor ffmlp": args.backbone not in RECIPE,
         f"--freeze {args.freeze}: there is no such layer": (args.freeze or 0) >= args.layers,
         f"--train-size {args.train_size}: two cohorts and {NEW} images are more":

@@ -329,16 +329,16 @@ def tables(report: dict) -> str:
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog, more = "hyperinr.py", p.add_argument_group("hypernetwork")
+    p = settings.parser(__doc__.split("\n\n")[0], "hyperinr.py", {*USED, *USUAL}, USUAL)
+    p.epilog = f"Defaults for digits: {' '.join(settings.as_flags(DIGITS))}."
+    more = p.add_argument_group("hypernetwork")
     for name, kind, text in (("--latent", settings.whole(2, 4096), "l, numbers in z"),
                              ("--lambda-z", settings.number(0), "lambda_z, weight of |z|^2"),
                              ("--joint-epochs", settings.whole(1), "of H and z alone")):
-        more.add_argument(name, type=kind, help=text)
+        default = USUAL[name[2:].replace("-", "_")]
+        more.add_argument(name, type=kind, help=f"{text} (default {default})")
     more.add_argument("--fourier", action="store_true", help="Fourier features, ReLU: no SIREN")
     given = vars(p.parse_args(argv))
-    for name in given.keys() - {*USED, *USUAL}:
-        raise InputError(f"--{name.replace('_', '-')}: means nothing to a hypernetwork")
     usual = USUAL | (DIGITS if given.get("dataset", "digits") == "digits" else {})
     args = settings.settings(usual | given)
     settings.check_output(argparse.Namespace(out=args.out, resume=True))

@@ -496,8 +496,7 @@ def write_report(folder: Path, base, runs: dict):
 # ---- The program ---------------------------------------------------------------------------------
 
 def run(argv: list[str] | None):
-    p = parser(__doc__.split("\n\n")[0])
-    p.prog = "interventions.py"
+    p = parser(__doc__.split("\n\n")[0], "interventions.py")
     p.add_argument("--lanes", nargs="+", help=f"all (default), or some of {', '.join(LANES)}, "
                    f"joined by + or not; {MATCHED}LANE: the baseline for a lane's compute")
     p.add_argument("--seeds", type=whole(1), help="so many, from --seed on (default 3)")

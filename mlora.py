@@ -368,8 +368,9 @@ def as_text(title: str, rows: dict) -> str:
 
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog, more = "mlora.py", p.add_argument_group("low-rank weights")
+    p = settings.parser(__doc__.split("\n\n")[0], "mlora.py", {*USED, *USUAL}, USUAL)
+    p.epilog = f"Defaults for digits: {' '.join(settings.as_flags(DIGITS))}."
+    more = p.add_argument_group("low-rank weights")
     count, positive = settings.whole(1), settings.number(0, above=True)
     for name, kind, text in (
             ("latent", count, "numbers in z"), ("lambda-z", settings.number(0), "weight of |z|^2"),
@@ -382,8 +383,6 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         more.add_argument(f"--{name}", nargs="+", choices=choices, help="these alone")
     more.add_argument("--progressive", action="store_true", help="the base sees small images first")
     given = vars(p.parse_args(argv))
-    for name in given.keys() - {*USED, *USUAL}:
-        raise InputError(f"{settings.flag(name)}: means nothing to low-rank weights")
     usual = USUAL | (DIGITS if given.get("dataset", "digits") == "digits" else {})
     args = settings.settings(usual | given)
     settings.check_output(argparse.Namespace(out=args.out, resume=True))

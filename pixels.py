@@ -119,14 +119,11 @@ def choose(args, fits: Fits, train_on, trials: list[dict], write) -> dict:
 # ---- The program ---------------------------------------------------------------------------------
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
-    p = settings.parser(__doc__.split("\n\n")[0])
-    p.prog = "pixels.py"
+    p = settings.parser(__doc__.split("\n\n")[0], "pixels.py", USED)
     p.add_argument("--spread", type=settings.number(0), help="of the position offsets beta at the "
                    "start, in units of the patches' root mean square (default 0)")
     p.add_argument("--choose", action="store_true", help="try settings around those given")
     given = {"out": "pixels.pt", "spread": 0.0, "choose": False} | vars(p.parse_args(argv))
-    for name in given.keys() - {*USED, "spread", "choose"}:
-        raise InputError(f"{settings.flag(name)}: means nothing to pixels")
     args = vars(settings.settings(given))
     settings.check_output(argparse.Namespace(out=args["out"], resume=True))
     return argparse.Namespace(**{key: args[key] for key in (*USED, "token_scale", *given)})

@@ -107,20 +107,25 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parser(description: str = "") -> Parser:
-    """All flags. What is not given is absent from the result."""
-    p = Parser(prog="train.py", description=description, allow_abbrev=False,
-               argument_default=argparse.SUPPRESS,
-               epilog=f"Defaults for digits: {' '.join(as_flags(DIGITS))}; from 64 pixels a side "
-                      f"on: {' '.join(as_flags(HIGH_RESOLUTION))}.")
+def parser(description="", program="train.py", used=RECIPE.keys(), usual=RECIPE) -> Parser:
+    """The flags that a program uses, with its usual values in the help. What is not given is absent
+    from the result."""
+    p = Parser(prog=program, description=description, allow_abbrev=False,
+               argument_default=argparse.SUPPRESS)
+    if usual is RECIPE:
+        p.epilog = (f"Defaults for digits: {' '.join(as_flags(DIGITS))}; from 64 pixels a side on: "
+                    f"{' '.join(as_flags(HIGH_RESOLUTION))}.")
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
             takes = ({"action": "store_true"} if kind is None else
                      {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+            default = usual.get(name, default)
             text += "" if default in (None, False) else f" (default {default})"
-            group.add_argument(flag(name), help=text, **takes)
-    group.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
+            if name in used:
+                group.add_argument(flag(name), help=text, **takes)
+    if "compile" in used:
+        group.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
     return p
 
 
