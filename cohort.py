@@ -250,6 +250,7 @@ def table(report):
 class Cohort(nn.Module):
     """What diagnostics.py asks of a method. A token is a neuron of an image's own layers, above the
     frozen ones, less its start, the bias last."""
+    mediation_images = 500     # that diagnostics.py fits again with another's mean colour
 
     def __init__(self, args, encoder):
         super().__init__()

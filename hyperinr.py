@@ -29,8 +29,7 @@ from tqdm import tqdm
 import figures
 import settings
 import theorem
-from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
-                        seeded)
+from checkpoint import InputError, exits, generator, model_from, save_checkpoint, seeded
 from data import load_dataset, stratified_sample
 from measures import (DECAYS, PENALTIES, fit_linear, fit_mlp, fit_probe, knn_predict,
                       nearest_mean_predict, paired_bootstrap, principal, wilson)
@@ -108,7 +107,7 @@ class HyperINR(nn.Module):
 
     def draw(self, g: torch.Generator, fraction: float) -> Tensor:
         """Numbers of the pixels that a step sees, of all its images."""
-        count = max(1, int(fraction * len(self.inputs) + 1e-9))
+        count = int(fraction * len(self.inputs) + 1e-9)
         return torch.randperm(len(self.inputs), generator=g)[:count].to(self.inputs.device)
 
     def descend(self, z: Tensor, values: Tensor, lambda_z: float, steps: int, fraction=1.0):
@@ -255,7 +254,7 @@ def conditions(model: HyperINR, images: Tensor) -> dict:
         changes={"noise": noise, "shift": flat(images.roll(1, 3)) - x},
         starts={"0": 0 * fitted, "random": noise_z * fitted.std(), "another's": fitted.roll(1, 0)})
     z = found.pop("z*")
-    found["fitted z to z*, over between images"] = theorem.spread(
+    found["|fitted z - z*| / that between images"] = theorem.spread(
         (fitted - z).norm(dim=1) / torch.pdist(z).median())
     return found
 
@@ -330,7 +329,6 @@ def tables(report: dict) -> str:
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p = settings.parser(__doc__.split("\n\n")[0], "hyperinr.py", {*USED, *USUAL}, USUAL)
-    p.epilog = f"Defaults for digits: {' '.join(settings.as_flags(DIGITS))}."
     more = p.add_argument_group("hypernetwork")
     for name, kind, text in (("--latent", settings.whole(2, 4096), "l, numbers in z"),
                              ("--lambda-z", settings.number(0), "lambda_z, weight of |z|^2"),
@@ -338,22 +336,7 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         default = USUAL[name[2:].replace("-", "_")]
         more.add_argument(name, type=kind, help=f"{text} (default {default})")
     more.add_argument("--fourier", action="store_true", help="Fourier features, ReLU: no SIREN")
-    given = vars(p.parse_args(argv))
-    usual = USUAL | (DIGITS if given.get("dataset", "digits") == "digits" else {})
-    args = settings.settings(usual | given)
-    settings.check_output(argparse.Namespace(out=args.out, resume=True))
-    return args
-
-
-def open_run(args) -> dict | None:
-    """What this command left. InputError: --out holds another's."""
-    if not Path(args.out).exists():
-        return None
-    content = read_checkpoint(args.out)
-    fixed = vars(args).keys() - settings.FREE - {"token_scale"}
-    if any(content["args"].get(key) != vars(args)[key] for key in fixed):
-        raise InputError(f"--out {args.out}: holds another run; choose another")
-    return content
+    return settings.method_settings(p, argv, USUAL, DIGITS)
 
 
 def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor) -> dict:
@@ -370,7 +353,7 @@ def pictures(model: HyperINR, images: Tensor, z: Tensor, labels: Tensor) -> dict
 
 def run(argv: list[str] | None):
     args = read_flags(argv)
-    device, content = settings.find_device(args.device), open_run(args)
+    device, content = settings.find_device(args.device), settings.open_method_run(args)
     images, test = load_dataset(args, device)
     if min(len(images), len(test)) < MEASURED:
         raise InputError(f"{len(images)} training and {len(test)} test images: {MEASURED} needed")

@@ -395,7 +395,7 @@ def judge(differences: dict, factorial: dict) -> list[str]:
     seeds = dict.fromkeys(PRESSED, 3) | dict.fromkeys(JUDGED, 5)
     if few := [lane for lane in seeds if f"{lane} - {rivals(lane)[0]}" in differences
                and not compared(lane, seeds[lane])]:
-        lines.append(f"not judged, for want of seeds or of a lane to compare with: "
+        lines.append("not judged, for want of seeds or of a lane to compare with: "
                      + ", ".join(sorted(few, key=place)))
     for lane in PRESSED:
         if rows := compared(lane, 3):

@@ -30,8 +30,7 @@ from tqdm import tqdm
 
 import figures
 import settings
-from checkpoint import (InputError, exits, generator, model_from, read_checkpoint, save_checkpoint,
-                        seeded)
+from checkpoint import InputError, exits, generator, model_from, save_checkpoint, seeded
 from claims import table
 from data import load_dataset
 from diffusion import copies, diffusion, frechet, gaussian
@@ -369,7 +368,6 @@ def as_text(title: str, rows: dict) -> str:
 
 def read_flags(argv: list[str] | None) -> argparse.Namespace:
     p = settings.parser(__doc__.split("\n\n")[0], "mlora.py", {*USED, *USUAL}, USUAL)
-    p.epilog = f"Defaults for digits: {' '.join(settings.as_flags(DIGITS))}."
     more = p.add_argument_group("low-rank weights")
     count, positive = settings.whole(1), settings.number(0, above=True)
     for name, kind, text in (
@@ -382,28 +380,12 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
     for name, choices in (("kinds", KINDS), ("init", ("shared", "separate")), ("only", PARTS)):
         more.add_argument(f"--{name}", nargs="+", choices=choices, help="these alone")
     more.add_argument("--progressive", action="store_true", help="the base sees small images first")
-    given = vars(p.parse_args(argv))
-    usual = USUAL | (DIGITS if given.get("dataset", "digits") == "digits" else {})
-    args = settings.settings(usual | given)
-    settings.check_output(argparse.Namespace(out=args.out, resume=True))
-    return args
-
-
-def open_run(args) -> dict | None:
-    """What this command left. InputError: --out holds another's."""
-    if not Path(args.out).exists():
-        return None
-    content = read_checkpoint(args.out)
-    fixed = vars(args).keys() - settings.FREE - {"token_scale"}
-    if any(content["args"].get(key) != vars(args)[key] for key in fixed):
-        raise InputError(f"--out {args.out}: holds another run; choose another")
-    args.token_scale = content["args"]["token_scale"]
-    return content
+    return settings.method_settings(p, argv, USUAL, DIGITS)
 
 
 def run(argv: list[str] | None):
     args = read_flags(argv)
-    device, content = settings.find_device(args.device), open_run(args)
+    device, content = settings.find_device(args.device), settings.open_method_run(args)
     images, test = load_dataset(args, device)
     if min(len(images), len(test)) < 24:
         raise InputError(f"{len(images)} training and {len(test)} test images: 24 needed")

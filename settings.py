@@ -240,6 +240,29 @@ def check_output(args):
         raise InputError(f"--out {out}: would overwrite --init-from; choose another")
 
 
+def method_settings(p: Parser, argv: list[str] | None, usual: dict, digits: dict):
+    """The settings of another method's program: flags given, over its usual values, which `digits`
+    changes for digits."""
+    p.epilog = f"Defaults for digits: {' '.join(as_flags(digits))}."
+    given = vars(p.parse_args(argv))
+    usual = usual | (digits if given.get("dataset", "digits") == "digits" else {})
+    args = settings(usual | given)
+    check_output(argparse.Namespace(out=args.out, resume=True))    # it goes on with its own run
+    return args
+
+
+def open_method_run(args) -> dict | None:
+    """What the same command left. InputError: args.out holds another's run."""
+    if not os.path.exists(args.out):
+        return None
+    content = read_checkpoint(args.out)
+    fixed = vars(args).keys() - FREE - {"token_scale"}
+    if any(content["args"].get(key) != vars(args)[key] for key in fixed):
+        raise InputError(f"--out {args.out}: holds another run; choose another")
+    args.token_scale = content["args"]["token_scale"]              # it follows from the tokens
+    return content
+
+
 # ---- The machine ---------------------------------------------------------------------------------
 
 def find_device(name: str) -> torch.device:
