@@ -13,8 +13,9 @@ a hidden layer's weights in the base, A (r, in) and B (out, r):
 
 "-asym": some entries keep their value, the same for all images, so that neurons or components
 cannot change places. All fits start from one draw ("shared") or, the control, each from its own
-("separate"). Rates are to be chosen with --val: of those whose 1-NN is within a point of the best,
-the one of the best PSNR. The same command, given again, goes on after the last finished kind.
+("separate"). The more a fit learns, the less its weights look like its neighbours': so a rate is
+chosen (--choose) by both, on training images alone. The same command, given again, goes on after
+the last finished kind.
 """
 import argparse
 import itertools
@@ -32,10 +33,10 @@ import figures
 import settings
 from checkpoint import InputError, exits, generator, model_from, save_checkpoint, seeded
 from claims import table
-from data import load_dataset
+from data import load_dataset, stratified_sample
 from diffusion import copies, diffusion, frechet, gaussian
 from measures import (DECAYS, PENALTIES, adjusted_rand, fit_linear, fit_mlp, fit_probe, kmeans,
-                      knn_predict)
+                      knn_predict, neighbor_purity)
 from model import psnr
 from reader import Reader
 from siren import coordinate_grid
@@ -46,13 +47,15 @@ KEPT = "mlora"                             # the kind that diagnostics.py is giv
 PARTS = ("reconstruct", "classify", "connect", "generate")
 BATCH, LR_BASE, LR_Z = 64, 2e-3, 3e-2      # the base: Adam, cosine decay to 0
 BLOCK = 64                                 # images that are fitted at once
+RATES, TRIED = (0.003, 0.01, 0.03, 0.1), 2000          # what --choose tries, on so many images
+RATE_FLAGS = ("rate_mlp", "rate_lora", "rate_mlora")
 EPSILON = 0.1                              # two fits of an image: relative noise on their starts
 LINKED, POINTS = 64, 11                    # images of that, and points on the line between the fits
 USUAL = dict(width=32, depth=3, head_dim=16, reader_depth=3, lr=3e-3, epochs=15, latent=32,
              lambda_z=1e-5, base_epochs=80, progressive=False, fraction=0.25, rank=4, fit_steps=100,
              rate_mlp=0.01, rate_lora=0.03, rate_mlora=0.03, kinds=[*KINDS],
-             init=["shared", "separate"], start=0, diffusion_steps=600, only=[*PARTS],
-             out="mlora.pt")
+             init=["shared", "separate"], start=0, choose=False, diffusion_steps=600,
+             only=[*PARTS], out="mlora.pt")
 DIGITS = dict(omega=4.0, latent=16, base_epochs=100, fraction=1.0)
 USED = ("dataset data_root size train_size test_size val workers omega mlp_ratio batch_size "
         "weight_decay seed device").split()
@@ -256,6 +259,33 @@ def train_base(model: MLoRA, images: Tensor) -> float:
     return float(torch.cat(decibels).mean())
 
 
+# ---- The learning rates of fits -----------------------------------------------------------------
+
+def choose_rates(model: MLoRA, images: Tensor, labels: Tensor) -> dict:
+    """Sets the rate of each way to change weights, by training images; all that was tried."""
+    rows, tried = stratified_sample(labels, min(TRIED, len(labels))), {}
+    images, labels = images[rows], labels[rows]
+    for flag in RATE_FLAGS:
+        kind, of_rate = flag.removeprefix("rate_"), {}
+        for rate in RATES:
+            setattr(model.args, flag, rate)
+            own = model.fit_kind(kind, "shared", images)
+            error = (model.show(kind, own) - images).square().mean((1, 2, 3))
+            of_rate[rate] = {"PSNR": float(psnr(error).mean()),
+                             "1-NN": neighbor_purity(own.flatten(1), labels, 1)}
+        setattr(model.args, flag, best_rate(of_rate))
+        tried |= {f"{kind}, {rate}": row for rate, row in of_rate.items()}
+    return tried
+
+
+def best_rate(rows: dict) -> float:
+    """Of {rate: figures}: of those whose 1-NN, of an image among the others, is within a point of
+    the best, the one of the highest PSNR."""
+    least = max(row["1-NN"] for row in rows.values()) - 0.01
+    return max((rate for rate in rows if rows[rate]["1-NN"] >= least),
+               key=lambda rate: rows[rate]["PSNR"])
+
+
 # ---- Classes and clusters ------------------------------------------------------------------------
 
 def classify(bank: Tensor, bank_labels: Tensor, x: Tensor, labels: Tensor, seed: int) -> dict:
@@ -379,13 +409,15 @@ def read_flags(argv: list[str] | None) -> argparse.Namespace:
         more.add_argument(f"--{name}", type=kind, help=text)
     for name, choices in (("kinds", KINDS), ("init", ("shared", "separate")), ("only", PARTS)):
         more.add_argument(f"--{name}", nargs="+", choices=choices, help="these alone")
+    more.add_argument("--choose", action="store_true", help="the learning rates of fits")
     more.add_argument("--progressive", action="store_true", help="the base sees small images first")
     return settings.method_settings(p, argv, USUAL, DIGITS)
 
 
 def run(argv: list[str] | None):
     args = read_flags(argv)
-    device, content = settings.find_device(args.device), settings.open_method_run(args)
+    found_out = {"token_scale", *(RATE_FLAGS if args.choose else ())}
+    device, content = settings.find_device(args.device), settings.open_method_run(args, found_out)
     images, test = load_dataset(args, device)
     if min(len(images), len(test)) < 24:
         raise InputError(f"{len(images)} training and {len(test)} test images: 24 needed")
@@ -398,8 +430,10 @@ def run(argv: list[str] | None):
         model.args = args
     else:
         model = MLoRA(args, images.channels, len(images.classes)).to(device)
-        found = {"base_psnr": train_base(model, data[0]), "done": [], "classify": {},
+        found = {"base_psnr": train_base(model, data[0]), "rates": {}, "done": [], "classify": {},
                  "connect": {}, "generate": {}, "pictures": {"image": data[2][:8]}}
+        if args.choose:
+            found["rates"] = choose_rates(model, *data[:2])
     if "classify" in args.only:
         found["classify"]["pixels"] = {"numbers": data[0][0].numel()} | classify(*data, args.seed)
 
@@ -423,7 +457,7 @@ def run(argv: list[str] | None):
     pictures = {name: x.cpu().numpy() for name, x in found["pictures"].items()}
     figures.mlora_figure(path.with_suffix(".png"), report, pictures)
     print(f"base: {found['base_psnr']:.2f} dB on training images; accuracies are shares\n",
-          *(as_text(part, found[part]) for part in PARTS if found.get(part)), sep="\n")
+          *(as_text(part, found[part]) for part in ("rates", *PARTS) if found.get(part)), sep="\n")
 
 
 def main(argv: list[str] | None = None):

@@ -251,15 +251,16 @@ def method_settings(p: Parser, argv: list[str] | None, usual: dict, digits: dict
     return args
 
 
-def open_method_run(args) -> dict | None:
-    """What the same command left. InputError: args.out holds another's run."""
+def open_method_run(args, found_out=frozenset({"token_scale"})) -> dict | None:
+    """What the same command left, which has found some of its settings out. InputError: args.out
+    holds another's run."""
     if not os.path.exists(args.out):
         return None
     content = read_checkpoint(args.out)
-    fixed = vars(args).keys() - FREE - {"token_scale"}
+    fixed = vars(args).keys() - FREE - found_out
     if any(content["args"].get(key) != vars(args)[key] for key in fixed):
         raise InputError(f"--out {args.out}: holds another run; choose another")
-    args.token_scale = content["args"]["token_scale"]              # it follows from the tokens
+    vars(args).update({key: content["args"][key] for key in found_out})
     return content
 
 

@@ -1798,9 +1798,9 @@ def test_judging_samples():
     drawn = diffusion.gaussian(x, 40000, generator("drawn"))
     assert apart(drawn.mean(0), x.mean(0)) < 0.02 and apart(torch.cov(drawn[..., 0].T), torch.cov(x[..., 0].T)) < 0.05
     bank, test, honest = torch.randn(3, 200, 4, 5)
-    ratio = [found["nearest"] / found["nearest of test"] for found in (
-        diffusion.copies(samples, bank, test) for samples in (bank.flip(0) + 0.01 * torch.randn(200, 4, 5), honest))]
-    assert ratio[0] < 0.05 and abs(ratio[1] - 1) < 0.1
+    copied, fair = (diffusion.copies(x, bank, test) for x in (bank.flip(0) + 0.01 * torch.randn(200, 4, 5), honest))
+    assert copied["nearest"] < 0.05 * copied["nearest of test"] and copied["copied"] == 1
+    assert abs(fair["nearest"] / fair["nearest of test"] - 1) < 0.1 and fair["copied"] < 0.15
 
 
 # ---- mlora.py --------------------------------------------------------------------------------------------------------
@@ -1921,11 +1921,24 @@ def test_planted_permutation():
     assert np.isclose(mlora.barrier(torch.tensor([[0.0, 2], [3, 2], [2, 2]])), 1)     # (2 + 0) / 2
 
 
+def test_rates():
+    """A rate is chosen by reconstruction or by neighbours alone; or the rates tried are not those that are reported."""
+    rows = {rate: {"PSNR": decibels, "1-NN": near} for rate, decibels, near in (
+        (0.1, 50, 0.7), (0.03, 40, 0.895), (0.01, 30, 0.9), (0.003, 20, 0.8))}
+    assert mlora.best_rate(rows) == 0.03
+    model, (images, labels) = tiny_mlora(fit_steps=2, rank=1), batch(12, 4)
+    tried = mlora.choose_rates(model, images, labels % 2)
+    for kind in ("mlp", "lora", "mlora"):
+        rows = {rate: tried[f"{kind}, {rate}"] for rate in mlora.RATES}
+        assert getattr(model.args, f"rate_{kind}") == mlora.best_rate(rows)
+        assert len({row["PSNR"] for row in rows.values()}) == 4
+
+
 @folder()
 def test_mlora_command():
     """A killed run does not go on after its last kind, with the same figures; diagnostics.py does not run, or reads
     otherwise than the report says; bad input is taken."""
-    argv = [*LOW_RANK, "--kinds", "mlora", "mlp-asym", "lora"]
+    argv = [*LOW_RANK, "--choose", "--kinds", "mlora", "mlp-asym", "lora"]
     examined = []
 
     def killed(model, *what):
@@ -1942,7 +1955,7 @@ def test_mlora_command():
         assert len(examined) == 3 + 3 + 5 and examined[2] == examined[3]
         found, (model, args) = report("mlora"), load_checkpoint("mlora.pt")
         whole = report("whole")
-        assert all(found[part] == whole[part] for part in ("classify", "connect", "generate", "base_psnr"))
+        assert all(found[part] == whole[part] for part in ("rates", "classify", "connect", "generate", "base_psnr"))
         assert same(model.state_dict(), load_checkpoint("whole.pt")[0].state_dict())
         assert set(found["classify"]) == {"pixels", "mlora", "mlora, separate", "mlp-asym", "lora", "lora, separate"}
         assert set(found["connect"]) == {"mlora", "mlp-asym", "lora"}
