@@ -1924,7 +1924,7 @@ def test_planted_permutation():
 def test_rates():
     """A rate is chosen by reconstruction or by neighbours alone; or the rates tried are not those that are reported."""
     rows = {rate: {"PSNR": decibels, "1-NN": near} for rate, decibels, near in (
-        (0.1, 50, 0.7), (0.03, 40, 0.895), (0.01, 30, 0.9), (0.003, 20, 0.8))}
+        (0.1, 50, 0.7), (0.03, 40, 0.885), (0.01, 30, 0.9), (0.003, 20, 0.8))}
     assert mlora.best_rate(rows) == 0.03
     model, (images, labels) = tiny_mlora(fit_steps=2, rank=1), batch(12, 4)
     tried = mlora.choose_rates(model, images, labels % 2)
