@@ -179,6 +179,7 @@ def measure(images, args, seed):
 # ---- From measurements to verdicts ---------------------------------------------------------------
 
 SAME = {"freezing there beats fine-tuning": 0.5}       # dB: within that they match
+IN_JSON_ALONE = ("energy", "likeness", "half", "PSNR lost on", "change", "area")
 
 
 def differences(rows):
@@ -226,8 +227,8 @@ def verdict(difference, same=0.0):
 
 
 def table(report):
-    """Means of the layers; each claim's difference, interval, verdict. The JSON has all rows."""
-    layers, lines = report["flags"]["layers"], []
+    """The layers' means, in part; each claim's difference, interval, verdict."""
+    layers, lines, seeds = report["flags"]["layers"], [], report["flags"]["seeds"]
 
     def line(name, cells, form=".2f"):
         cells = [""] * (len(cells) == layers) + [format(x, form) for x in cells]
@@ -235,9 +236,11 @@ def table(report):
 
     line("layer; PSNR: the last frozen one", ["none", *range(layers)], "")
     for row, cells in report["rows"].items():
-        if not row.endswith(("steps", "second seed", "other cohort")):
+        if not (row.startswith(IN_JSON_ALONE) or row.endswith(("steps", "seed", "cohort"))):
             line(row, [value for value, *_ in cells])
-    lines.append("\n95% interval above 0: yes; below: no; else ?; freezing there, within 0.5: same")
+    over = "images or atoms, and seeds" if seeds > 1 else "images or atoms of one seed"
+    lines.append(f"\n95% interval over {over}: above 0 yes, below no, else ?;\n"
+                 "freezing there, within 0.5: same")
     for claim, cells in report["claims"].items():
         for name, column in zip((claim, "  from", "  to"), zip(*cells)):
             line(name, column)
