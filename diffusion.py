@@ -17,7 +17,7 @@ from measures import nearest
 from reader import MLP, Attention
 
 
-BATCH, RATE = 64, 2e-3                     # Adam, cosine decay to 0
+BATCH, RATE = 64, 4e-3                     # Adam, cosine decay to 0
 
 
 class Denoiser(nn.Module):

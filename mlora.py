@@ -54,9 +54,9 @@ LINKED, POINTS = 64, 11                    # images of that, and points on the l
 USUAL = dict(width=32, depth=3, head_dim=16, reader_depth=3, lr=3e-3, epochs=15, latent=32,
              lambda_z=1e-5, base_epochs=80, progressive=False, fraction=0.25, rank=4, fit_steps=100,
              rate_mlp=0.01, rate_lora=0.03, rate_mlora=0.03, kinds=[*KINDS],
-             init=["shared", "separate"], start=0, choose=False, diffusion_steps=600,
+             init=["shared", "separate"], start=0, choose=False, diffusion_steps=400,
              only=[*PARTS], out="mlora.pt")
-DIGITS = dict(omega=4.0, latent=16, base_epochs=100, fraction=1.0)
+DIGITS = dict(omega=4.0, latent=16, base_epochs=100, fraction=1.0, batch_size=32, lr=6e-3)
 USED = ("dataset data_root size train_size test_size val workers omega mlp_ratio batch_size "
         "weight_decay seed device").split()
 
