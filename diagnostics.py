@@ -38,6 +38,7 @@ from data import load_dataset, stratified_sample
 from measures import (DECAYS, PENALTIES, bootstrap, chance, crossed, fisher_ratio, fit_linear,
                       fit_mlp, fit_probe, knn_predict, nearest, nearest_mean_predict,
                       paired_bootstrap, purity, silhouettes, vote, wilson)
+from model import psnr
 from routes import BLOCK, bias_route, bias_table, by_blocks, content, content_table, other_routes
 from settings import RECIPE, Parser, command_line, environment, find_device, free_memory, whole
 from train import train_reader
@@ -406,6 +407,34 @@ def curve_table(result: dict) -> str:
                   "reader - MLP"], rows)
 
 
+# ---- The same reader for every method: not among the default experiments -------------------------
+#
+# Methods come with readers of their own size, trained in their own way. To compare what is in their
+# weights, a new reader, the same for all, is trained on the fitted training images.
+
+SAME = dict(width=64, reader_depth=3, head_dim=32, mlp_ratio=1, epochs=15, batch_size=32, lr=3e-3,
+            weight_decay=1e-4)
+
+
+def same_reader(model, bank: Fitted, queries: Fitted, args) -> dict:
+    recipe = argparse.Namespace(**vars(args) | SAME)
+    classes = int(max(bank.labels.max(), queries.labels.max())) + 1
+    reader = train_reader(bank.tokens, bank.labels, recipe, classes=classes).requires_grad_(False)
+    right = by_blocks(reader, queries.tokens).argmax(1) == queries.labels
+    error = (model.reconstruct(queries.images) - queries.images).square().mean((1, 2, 3))
+    tokens, features = queries.tokens.shape[1:]
+    return {"reader": float(right.double().mean()), "reader_interval": wilson(
+                int(right.sum()), len(right)), "tokens": tokens, "features": features,
+            "psnr": float(psnr(error).mean()), "recipe": SAME, "seed": args.seed}
+
+
+def same_table(result: dict) -> str:
+    low, high = result["reader_interval"]
+    return (f"the same reader for every method: {percent(result['reader'])}% "
+            f"[{percent(low)}, {percent(high)}]; {result['tokens']} tokens of "
+            f"{result['features']} numbers\nwhat they show of test images: {result['psnr']:.2f} dB")
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 class Case(NamedTuple):
@@ -469,13 +498,18 @@ def run_learning_curve(case: Case) -> dict:
     return learning_curve(case.bank, case.queries, case.recipe, case.seed)
 
 
+def run_same_reader(case: Case) -> dict:
+    return same_reader(case.model, case.bank, case.queries, case.recipe)
+
+
 EXPERIMENT = {             # of each: what runs it, its table, its figure, its file
     "clustering": (run_clustering, clustering_table, figures.clustering_figure, "clustering.png"),
     "token-flow": (run_token_flow, flow_table, figures.flow_figure, "token_flow.png"),
     "bias-route": (run_bias_route, bias_table, figures.bias_figure, "bias_route.png"),
     "content": (run_content, content_table, figures.content_figure, "content.png"),
     "learning-curve": (run_learning_curve, curve_table, figures.curve_figure,
-                       "learning_curve.png")}
+                       "learning_curve.png"),
+    "same-reader": (run_same_reader, same_table, None, None)}
 DEFAULT = ("clustering", "token-flow", "bias-route", "content")
 
 
@@ -484,7 +518,7 @@ def parser() -> Parser:
     p.add_argument("--ckpt", nargs="+", required=True, help="checkpoints; several are compared")
     p.add_argument("--only", nargs="+", choices=EXPERIMENT, default=DEFAULT,
                    metavar="EXPERIMENT", help=f"some of {', '.join(EXPERIMENT)} (default: all but "
-                   "the last, which trains)")
+                   "the last two, which train)")
     p.add_argument("--samples", type=whole(24), help="so many training images (default all)")
     p.add_argument("--repeats", type=whole(1), default=3, help="of each random choice (default 3)")
     p.add_argument("--seed", type=whole(0), default=0, help="of random choices and intervals")
@@ -590,10 +624,12 @@ def present(folder: Path, model: dict) -> str:
     """Draws a report's figures; returns its tables and what they say."""
     text = []
     for name, (_, to_text, figure, file) in EXPERIMENT.items():
-        (folder / file).unlink(missing_ok=True)                # an earlier report's
+        if file:
+            (folder / file).unlink(missing_ok=True)            # an earlier report's
         if name in model["experiments"]:
             result = model["experiments"][name]
-            figure(folder / file, result)
+            if figure:
+                figure(folder / file, result)
             text.append(to_text(result))
             if "knock_outs" in result:
                 text.append(knock_out_table(result["knock_outs"]))

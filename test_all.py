@@ -2349,6 +2349,25 @@ def test_diagnostics_command():
         assert [row["images"] for row in curve["rows"]] == [60, 160] and "reader - linear, points" in out
         assert names_in("curve") == {"report.json", "learning_curve.png", "summary.png"}
         no_row_is_folded({"learning-curve": curve})
+        with quickly(), replaced(diagnostics, "SAME", diagnostics.SAME | dict(width=8, head_dim=4, epochs=3)):
+            out = diagnosed("out.pt", "--only", "same-reader", "--out", "same")
+        found = report_in("same")["model"]["experiments"]["same-reader"]
+        assert "16 tokens of 9" in out and found["recipe"]["epochs"] == 3
+        tested = train.evaluate(model, data.load_dataset(args)[1])["test_psnr"]
+        assert np.isclose(found["psnr"], tested, atol=0.3)      # that is of drawn pixels
+
+
+def test_same_reader():
+    """A reader trained on planted tokens does not tell their class, or tells one that is not there."""
+    labels, classes = torch.arange(120) % 3, torch.randn(3, 4, 5)
+    for there, low, high in ((1, 0.95, 1), (0, 0.15, 0.55)):
+        tokens = there * classes[labels] + 0.3 * torch.randn(120, 4, 5)
+        bank, queries = (diagnostics.Fitted(torch.full((60, 1, 2, 2), 0.5), labels[rows], tokens[rows])
+                         for rows in (slice(60), slice(60, 120)))
+        model = argparse.Namespace(reconstruct=lambda images: images + 0.2)           # (0.2 / 2)^2: 20 dB
+        with quickly(), replaced(diagnostics, "SAME", diagnostics.SAME | dict(width=8, head_dim=4, epochs=60, lr=1e-2)):
+            found = diagnostics.same_reader(model, bank, queries, settings.settings({}))
+        assert low <= found["reader"] <= high and np.isclose(found["psnr"], 20), found
 
 
 def test_diagnostics_of_several_checkpoints():
