@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import claims
 import figures
+import spaces
 from checkpoint import METHODS, InputError, exits, generator, model_from, read_checkpoint, seeded
 from claims import cell, percent, span, table
 from data import load_dataset, stratified_sample
@@ -685,6 +686,8 @@ def run(argv: list[str] | None):
         save(out / "report.json", about | {"across": result})
         figures.models_figure(out / "models.png", result)
         print(claims.across_table(result) + f"\nwrote {out}/report.json and models.png")
+        if len({model["method"] for model in models}) > 1:
+            print(f"\n{spaces.write(out, models)}\nwrote {out}/table.json, table.md, table.png")
 
 
 def main(argv: list[str] | None = None):

@@ -473,6 +473,37 @@ def models_figure(path: Path, result: dict):
     figure.savefig(path)
 
 
+def spaces_figure(path: Path, rows: list[dict]):
+    """Accuracies from the weights, a panel a data set; lines: the same from the pixels."""
+    sets = list(dict.fromkeys(row["data"] for row in rows))
+    most = max(sum(row["data"] == data for row in rows) for data in sets)
+    figure, axes = canvas(1, len(sets), 2 + 5 * len(sets), 2.6 + 0.5 * most)
+    for axis, data in zip(axes, sets):
+        mine = [row for row in rows if row["data"] == data]
+        for shift, (key, marker, name) in enumerate((
+                ("G", "s", "geometry of the weights"), ("L", "^", "best simple classifier"),
+                ("R", "o", "Transformer, the same for all"), ("own", "x", "its own reader"))):
+            known = [(i, row["cells"][key]) for i, row in enumerate(mine) if key in row["cells"]]
+            if not known:
+                continue
+            value, error = whiskers([each for _, each in known], 100)
+            axis.errorbar(value, [i + 0.12 * (shift - 1.5) for i, _ in known], xerr=error,
+                          fmt=f"C{shift}{marker}", capsize=2, label=name)
+        for shift, (key, style, name) in enumerate((
+                ("pixels G", ":", "pixels: geometry"), ("pixels L", "--", "pixels: classifier"),
+                ("pixels R", "-", "pixels: Transformer"))):
+            known = [row["cells"][key][0] for row in mine if key in row["cells"]]
+            if known:
+                axis.axvline(100 * sum(known) / len(known), color=f"C{shift}", linestyle=style,
+                             linewidth=1, label=name)
+        name_axis(axis, [f"{row['space']}, n = {len(row['seeds'])}: {row['answer']}"
+                         for row in mine])
+        label(axis, data, "accuracy on test images (%; bars: 95% over seeds)")
+    named = {name: mark for axis in axes for mark, name in zip(*axis.get_legend_handles_labels())}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", fontsize=8, ncols=7)
+    figure.savefig(path)
+
+
 def purity_points(axis, points: list[tuple]):
     """Points (name, purity, accuracy, filled); the two are (mean, sd), sd may be None."""
     names = [name for name, *_ in points]

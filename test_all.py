@@ -45,6 +45,7 @@ import mlora
 import pixels
 import routes
 import settings
+import spaces
 import theorem
 import train
 from checkpoint import generator, load_checkpoint, read_checkpoint
@@ -2274,6 +2275,64 @@ def test_comparison_across_models():
     assert all(len(line) <= 100 for each in (result, few) for line in claims.across_table(each).split("\n"))
 
 
+# ---- spaces.py -------------------------------------------------------------------------------------------------------
+
+def space_report(method, seed, R, G, L, **more) -> dict:
+    """A planted report of one model, with a figure for every column."""
+    report = model_report(0.01, seed, 0.1, margin=0.03, late=0.07)
+    done = report["experiments"]
+    for letter, best in (("G", G), ("L", L)):
+        done["clustering"][letter] = done["clustering"][letter] | {"accuracy": best}
+    part = {"bias column": {"share": about(0.25)}}
+    done |= {"same-reader": {"reader": R + 0.001 * seed, "tokens": 6, "features": 5, "psnr": 30 + seed},
+             "content": {"mediation": [{"total": about(0.12), "parts": part}]}}
+    training = report["training"] | {"dataset": "data/set", "size": 16}
+    return report | {"method": method, "data": "data/set", "test": 50, "evaluated_on": "test images",
+                     "training": training} | more
+
+
+def test_four_spaces():
+    """A planted answer is not the row's; a row with other images is compared; a figure gets into another column."""
+    reports = [space_report(*each) for seed in range(3) for each in (
+        ("mwt", seed, 0.5, 0.3, 0.4), ("hyperinr", seed, 0.5, 0.4, 0.51), ("mlora", seed, 0.5, 0.495, 0.51),
+        ("cohort", seed, 0.5, 0.3, 0.4))]
+    for report in reports:
+        if report["method"] == "cohort":
+            report["bank"] = 99
+    apart = dict(reports[0], experiments={"same-reader": reports[0]["experiments"].pop("same-reader")})
+    pixels = [{"flags": {"dataset": "data/set", "size": 16, "seed": seed, "train_size": 100}, "test_accuracy": 0.45}
+              for seed in range(2)] + [{"flags": {"dataset": "data/set", "size": 8, "seed": 2, "train_size": 100},
+                                        "test_accuracy": 0.9}]
+    with folder():
+        for i, each in enumerate([apart, *reports]):
+            Path(f"{i}.json").write_text(json.dumps({"model": each}))
+        for i, each in enumerate(pixels):
+            Path(f"pixels{i}.json").write_text(json.dumps(each))
+        names = sorted(map(str, Path().glob("*.json")))
+        status, out, err = command([*names, "--out", "table"], spaces.main)
+        assert status == 0, err
+        assert names_in("table") == {"table.json", "table.md", "table.png"}
+        assert out.startswith(Path("table/table.md").read_text())
+        rows = {row["space"]: row for row in json.loads(Path("table/table.json").read_text())["rows"]}
+        refused([*names, "0.png"], "0.png: no report", main=spaces.main)
+        refused(["pixels0.json"], "no report of diagnostics.py", main=spaces.main)
+    assert {name: row["answer"] for name, row in rows.items()} == {
+        "MWT": "routed", "HyperINR": "simply there", "mLoRA": "clustered", "cohort": "not comparable"}
+    assert rows["cohort"]["why_not"].startswith("16 pixels a side, 99 training images") and "99 training images" in out
+    cells = rows["MWT"]["cells"]
+    expected = {"numbers": 30, "psnr": 31, "R": 0.501, "own": 0.5, "G": 0.3, "L": 0.4, "R - G": 0.201, "R - L": 0.101,
+                "pixels R": 0.45, "pixels G": 0.3, "pixels L": 0.3, "late": 0.07, "bias column": 0.1, "columns": 0.03,
+                "components": 0.03, "colour": 0.12, "share": 0.25}
+    assert set(expected) == set(spaces.COLUMNS)
+    assert all(np.isclose(cells[column][0], value) for column, value in expected.items()), cells
+    assert np.allclose(cells["R"], measures.t_interval([0.5, 0.501, 0.502])) and rows["MWT"]["seeds"] == [0, 1, 2]
+    one = {row["space"]: row["answer"] for row in spaces.rows(reports[4:8], [])}
+    assert one["MWT"] == "not decided by one seed"
+    wider = dict(reports[4]["training"], width=9)
+    two = spaces.rows([reports[4], space_report("mwt", 7, 0.5, 0.3, 0.4, training=wider)], [])
+    assert [row["why_not"] for row in two] == ["2 settings of this name"] * 2
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 def diagnosed(*argv, status=0) -> str:
@@ -2923,7 +2982,7 @@ def test_style():
 def test_rooms():
     """A file needs one that the README lists below it, or one to be copied needs more than torch, numpy, matplotlib."""
     rooms = ("siren inner_loop reader measures figures checkpoint data settings model train pixels theorem hyperinr "
-             "diffusion dictionary cohort bench claims mlora routes diagnostics interventions").split()
+             "diffusion dictionary cohort bench claims spaces mlora routes diagnostics interventions").split()
     for i, room in enumerate(rooms):
         needs = set()
         for node in ast.walk(ast.parse((HERE / f"{room}.py").read_text())):

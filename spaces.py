@@ -1,0 +1,240 @@
+"""One table: is the class clustered, simply there, or routed, in several weight spaces?
+
+    python diagnostics.py --ckpt a.pt --out a
+    python diagnostics.py --ckpt a.pt --out a-same --only same-reader
+    python spaces.py a/report.json a-same/report.json … pixels.json --out spaces
+
+Reports of diagnostics.py, and of pixels.py, become a row for each weight space and data set, seeds
+within it: table.json, table.md, table.png. A row that cannot be compared says why. In each space
+
+    clustered      geometry of the weights tells the class as well as a trained Transformer, R
+    simply there   it does not, but a simple classifier does
+    routed         neither does
+
+by the rules of claims.py for C1a and C1b. R is one reader, trained in one way, for all spaces.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import claims
+import figures
+from checkpoint import InputError, exits
+from data import SIZE
+from measures import t_interval
+from settings import Parser
+
+# Of each column: its title, and the factor to what is printed (percent, points), decimals.
+COLUMNS = {"numbers": ("numbers an image", 1, 0), "psnr": ("PSNR, dB", 1, 1),
+           "R": ("R: same reader, %", 100, 1), "own": ("its own reader, %", 100, 1),
+           "G": ("G: geometry, %", 100, 1), "L": ("L: classifier, %", 100, 1),
+           "R - G": ("R − G", 100, 1), "R - L": ("R − L", 100, 1),
+           "pixels G": ("pixels: G", 100, 1), "pixels L": ("pixels: L", 100, 1),
+           "pixels R": ("pixels: Transformer", 100, 1),
+           "late": ("rise of 10-NN, late − early", 100, 1),
+           "bias column": ("loss: bias column exchanged", 100, 1),
+           "columns": ("… − random columns", 100, 1), "components": ("… − components", 100, 1),
+           "colour": ("loss: mean colour of another class", 100, 1),
+           "share": ("… share by the bias column", 1, 2)}
+HELD = list(COLUMNS)[:11]                      # the first table's columns
+NAMES = {"hyperinr": "HyperINR", "mlora": "mLoRA"}     # others go by their label
+
+
+# ---- From reports to rows ------------------------------------------------------------------------
+
+def cells(model: dict) -> dict:
+    """What the report of one model says, by column."""
+    e, done = claims.evidence(model), model["experiments"]
+    found = {column: e[name][0] for column, name in (
+        ("own", "R"), ("G", "G"), ("L", "L"), ("pixels G", "G on pixels"),
+        ("pixels L", "L on pixels"), ("late", "late pooled"), ("bias column", "exchanged"),
+        ("columns", "margin random columns"), ("components", "margin principal components"),
+        ("chance", "chance")) if name in e}
+    if same := done.get("same-reader"):
+        found |= {"numbers": same["tokens"] * same["features"], "psnr": same["psnr"],
+                  "R": same["reader"]}
+        found |= {f"R - {letter}": same["reader"] - found[letter] for letter in "GL"
+                  if letter in found}
+    if "content" in done:
+        other = done["content"]["mediation"][0]
+        found["colour"] = other["total"][0]
+        if share := other["parts"].get("bias column", {}).get("share"):
+            found["share"] = share[0]
+    return found
+
+
+def merge(models: list[dict]) -> list[dict]:
+    """Reports of the same run as one."""
+    found = {}
+    for model in models:
+        key = model["method"] + json.dumps(model["training"], sort_keys=True)
+        one = found.setdefault(key, model | {"experiments": {}})
+        one["experiments"] |= model["experiments"]
+    return list(found.values())
+
+
+def side(dataset: str, size: int | None) -> int:
+    """Pixels a side that a run with --dataset and --size saw."""
+    return size or SIZE.get(dataset, 32)
+
+
+def examined(model: dict) -> tuple:
+    """What must be the same for two rows to be compared."""
+    return (side(model["data"], model["training"].get("size")), model["bank"], model["test"],
+            model["evaluated_on"])
+
+
+def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
+    """A row a weight space and data set: {"data", "space", "seeds", "cells": {column: (value, low,
+    high)}, over seeds, low and high None for one; "why_not": what forbids a comparison, or None}.
+    pixels: reports of pixels.py."""
+    found, models = {}, merge(models)
+    for model in models:
+        point = claims.point(model)
+        space = NAMES.get(point["label"], point["label"])
+        key = Path(model["data"]).name, space, point["setting"]
+        found.setdefault(key, []).append((point["seed"], model))
+    result = []
+    for (data, space, setting), group in sorted(found.items(), key=lambda item: item[0][:2]):
+        of_data = [examined(model) for model in models if Path(model["data"]).name == data]
+        usual, mine = max(of_data, key=of_data.count), {examined(model) for _, model in group}
+        same_name = sum(key[:2] == (data, space) for key in found)
+        why = None
+        if mine != {usual}:
+            why = f"{words(next(iter(mine - {usual})))}; the others {words(usual)}"
+        elif same_name > 1:
+            why = f"{same_name} settings of this name"
+        seeds = [seed for seed, _ in group]
+        values = [cells(model) for _, model in group]
+        for seed, value in zip(seeds, values):
+            for report in pixels:
+                if is_of(report["flags"], data, seed, usual):
+                    value["pixels R"] = report["test_accuracy"]
+        result.append({"data": data, "space": space, "seeds": sorted(seeds), "why_not": why,
+                       "cells": {column: over(values, column) for column in (*COLUMNS, "chance")
+                                 if any(column in value for value in values)}})
+        result[-1]["answer"] = answer(result[-1])
+    return result
+
+
+def is_of(flags: dict, data: str, seed: int, usual: tuple) -> bool:
+    """Is a run on pixels of that data and seed?"""
+    size, bank, *_ = usual
+    return (Path(flags["dataset"]).name, flags["seed"], side(flags["dataset"], flags["size"])) == (
+        data, seed, size) and flags["train_size"] in (None, bank)
+
+
+def words(examined: tuple) -> str:
+    size, bank, test, where = examined
+    return f"{size} pixels a side, {bank} training images, {test} {where}"
+
+
+def over(values: list[dict], column: str) -> tuple:
+    """(mean, low, high) over the seeds that have it."""
+    known = [value[column] for value in values if column in value]
+    return t_interval(known) or (known[0], None, None)
+
+
+def answer(row: dict) -> str:
+    """The rule of this table."""
+    c = row["cells"]
+    if row["why_not"] or not {"R - G", "R - L", "chance"} <= c.keys():
+        return "not comparable" if row["why_not"] else "not measured"
+    verdicts = [claims.opponent_verdict(c[f"R - {letter}"], c[letter][0], c["R"][0], c["chance"][0])
+                for letter in "GL"]
+    if verdicts[0] in (claims.REFUTED, "equivalent"):
+        return "clustered"
+    if verdicts[0] == claims.SUPPORTED:
+        return {claims.SUPPORTED: "routed", claims.REFUTED: "simply there",
+                "equivalent": "simply there"}.get(verdicts[1], verdicts[1])
+    return verdicts[0] if len(row["seeds"]) > 1 else "not decided by one seed"
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+def cell(row: dict, column: str) -> str:
+    if column not in row["cells"]:
+        return ""
+    _, factor, digits = COLUMNS[column]
+    value, *ends = (None if x is None else f"{factor * x:.{digits}f}" for x in row["cells"][column])
+    same = ends[0] in (None, value) and ends[1] in (None, value)
+    return value if same else f"{value} [{ends[0]}, {ends[1]}]"
+
+
+def as_markdown(found: list[dict]) -> str:
+    """Two tables for each data set, what the weights hold and what the reader does with it."""
+    text = []
+    for data in dict.fromkeys(row["data"] for row in found):
+        mine = [row for row in found if row["data"] == data]
+        for title, held in (("What the weights hold", True),
+                            ("What its own reader does with it, points", False)):
+            columns = [column for column in COLUMNS if (column in HELD) == held
+                       and any(column in row["cells"] for row in mine)]
+            last = ["the class is"] * held
+            head = ["weight space", "seeds", *(COLUMNS[column][0] for column in columns), *last]
+            text += [f"**{data}. {title}**\n", line(head), line(["---"] * len(head))]
+            for row in mine:
+                text.append(line([row["space"], ", ".join(map(str, row["seeds"])),
+                                  *(cell(row, column) for column in columns),
+                                  *[row["answer"] for _ in last]]))
+            text.append("")
+        text += [f"{row['space']}: not comparable: {row['why_not']}\n" for row in mine
+                 if row["why_not"]]
+    return "\n".join(text)
+
+
+def line(words: list[str]) -> str:
+    return "| " + " | ".join(words) + " |"
+
+
+def write(folder: Path, models: list[dict], pixels=()) -> str:
+    """table.json, table.md, table.png. Returns the text."""
+    found = rows(models, list(pixels))
+    (folder / "table.json").write_text(json.dumps({"rows": found}, indent=1) + "\n")
+    (folder / "table.md").write_text(text := as_markdown(found))
+    figures.spaces_figure(folder / "table.png", found)
+    return text
+
+
+# ---- The program ---------------------------------------------------------------------------------
+
+def read_reports(paths: list[str]) -> tuple[list[dict], list[dict]]:
+    """(reports of models, reports of pixels)."""
+    models, pixels = [], []
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text())
+            if "model" in report:
+                cells(report["model"]), claims.point(report["model"])
+                models.append(report["model"])
+            else:
+                float(report["test_accuracy"]), report["flags"]["seed"]
+                pixels.append(report)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: no report of diagnostics.py on one model, or of pixels.py "
+                             f"({type(error).__name__})") from error
+    if not models:
+        raise InputError("no report of diagnostics.py among these")
+    return models, pixels
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(prog="spaces.py", description=__doc__.split("\n\n")[0])
+    p.add_argument("reports", nargs="+", help="report.json of diagnostics.py, pixels.json")
+    p.add_argument("--out", default="spaces", help="folder (default: spaces)")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None):
+    with exits("spaces.py"):
+        flags = parse_flags(argv)
+        reports, folder = read_reports(flags.reports), Path(flags.out)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder}: {error.strerror}") from error
+        print(write(folder, *reports) + f"\nwrote {folder}/table.json, table.md and table.png")
+
+
+if __name__ == "__main__":
+    main()
