@@ -372,7 +372,7 @@ def examine(model: MLoRA, kind: str, init: str, data: list[Tensor], found: dict)
     decibels = psnr((pictures - test_images).square().mean((1, 2, 3)))
     row = found["classify"][name] = {"numbers": int(model.free(kind).sum()),
                                      "PSNR": float(decibels.mean())}
-    found["pictures"][name] = pictures[:8]
+    found["pictures"][name] = pictures[:8].clone()             # a view would be saved whole
     if name == KEPT or "classify" in args.only:
         reader = train_reader(bank - start, labels, args, classes=model.classes)
         row["reader"] = float((reader(test - start).argmax(1) == test_labels).double().mean())
@@ -385,7 +385,7 @@ def examine(model: MLoRA, kind: str, init: str, data: list[Tensor], found: dict)
     if "generate" in args.only and init == "shared":
         samplers, shown = generate(model, kind, bank, test, data)
         found["generate"] |= {f"{name}, {sampler}": row for sampler, row in samplers.items()}
-        found["pictures"] |= {f"{name}, {sampler}": x[:8] for sampler, x in shown.items()}
+        found["pictures"] |= {f"{name}, {sampler}": x[:8].clone() for sampler, x in shown.items()}
     found["done"].append([kind, init])
 
 
@@ -431,7 +431,7 @@ def run(argv: list[str] | None):
     else:
         model = MLoRA(args, images.channels, len(images.classes)).to(device)
         found = {"base_psnr": train_base(model, data[0]), "rates": {}, "done": [], "classify": {},
-                 "connect": {}, "generate": {}, "pictures": {"image": data[2][:8]}}
+                 "connect": {}, "generate": {}, "pictures": {"image": data[2][:8].clone()}}
         if args.choose:
             found["rates"] = choose_rates(model, *data[:2])
     if "classify" in args.only:

@@ -1958,6 +1958,8 @@ def test_mlora_command():
         whole = report("whole")
         assert all(found[part] == whole[part] for part in ("rates", "classify", "connect", "generate", "base_psnr"))
         assert same(model.state_dict(), load_checkpoint("whole.pt")[0].state_dict())
+        shown = read_checkpoint("mlora.pt")["metrics"]["pictures"].values()
+        assert all(x.untyped_storage().nbytes() == 4 * x.numel() for x in shown)
         assert set(found["classify"]) == {"pixels", "mlora", "mlora, separate", "mlp-asym", "lora", "lora, separate"}
         assert set(found["connect"]) == {"mlora", "mlp-asym", "lora"}
         assert set(found["generate"]) == {"mlora, Gaussian", "mlora, DDPM", "mlp-asym, Gaussian", "lora, Gaussian",
