@@ -687,7 +687,8 @@ def run(argv: list[str] | None):
         figures.models_figure(out / "models.png", result)
         print(claims.across_table(result) + f"\nwrote {out}/report.json and models.png")
         if len({model["method"] for model in models}) > 1:
-            print(f"\n{spaces.write(out, models)}\nwrote {out}/table.json, table.md, table.png")
+            spaces.write(out, models)
+            print(f"one table of the weight spaces: {out}/table.md, table.json, table.png")
 
 
 def main(argv: list[str] | None = None):
