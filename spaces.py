@@ -33,7 +33,8 @@ COLUMNS = {"numbers": ("numbers an image", 1, 0), "psnr": ("PSNR, dB", 1, 1),
            "pixels R": ("pixels: Transformer", 100, 1),
            "late": ("rise of 10-NN, late − early", 100, 1),
            "bias column": ("loss: bias column exchanged", 100, 1),
-           "columns": ("… − random columns", 100, 1), "components": ("… − components", 100, 1),
+           "columns": ("… − random columns", 100, 1),
+           "components": ("… − components", 100, 1),
            "colour": ("loss: mean colour of another class", 100, 1),
            "share": ("… share by the bias column", 1, 2)}
 HELD = list(COLUMNS)[:11]                      # the first table's columns
@@ -101,7 +102,7 @@ def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
         same_name = sum(key[:2] == (data, space) for key in found)
         why = None
         if mine != {usual}:
-            why = f"{words(next(iter(mine - {usual})))}; the others {words(usual)}"
+            why = f"{describe(next(iter(mine - {usual})))}; the others {describe(usual)}"
         elif same_name > 1:
             why = f"{same_name} settings of this name"
         seeds = [seed for seed, _ in group]
@@ -124,8 +125,9 @@ def is_of(flags: dict, data: str, seed: int, usual: tuple) -> bool:
         data, seed, size) and flags["train_size"] in (None, bank)
 
 
-def words(examined: tuple) -> str:
-    size, bank, test, where = examined
+def describe(seen: tuple) -> str:
+    """What `examined` returns, in words."""
+    size, bank, test, where = seen
     return f"{size} pixels a side, {bank} training images, {test} {where}"
 
 
@@ -183,8 +185,8 @@ def as_markdown(found: list[dict]) -> str:
     return "\n".join(text)
 
 
-def line(words: list[str]) -> str:
-    return "| " + " | ".join(words) + " |"
+def line(texts: list[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
 
 
 def write(folder: Path, models: list[dict], pixels=()) -> str:
