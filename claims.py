@@ -250,6 +250,10 @@ def summary(model: dict) -> list[str]:
 # All other flags, whatever the method, make the architecture.
 DATA = ("dataset", "size", "train_size", "test_size", "val")
 TRAINING = {name for name, *_ in FLAGS["training"]} | {"augment", "steps_test", "precision"}
+# Of other methods: what follows from a run's own tokens or goes with its seed, and what a program
+# compares besides the weights that it hands on.
+ASIDE = {"token_scale", "start", "choose", "kinds", "init", "only", "rate_mlp", "rate_lora",
+         "diffusion_steps", "seeds"}
 
 
 def key_of(training: dict, leave_out=()) -> str:
@@ -268,14 +272,14 @@ def run_of(content: dict) -> str:
 def point(model: dict) -> dict:
     """What the comparison takes from one model's report: who it is, and its evidence."""
     flags, method = model["training"], model.get("method", "mwt")
-    label, follows = model.get("lane") or method, {"token_scale"}      # from a run's own tokens
+    label, aside = model.get("lane") or method, ASIDE
     if method == "mwt":
-        names, follows = {0: "WT", 0.01: "MWT"}, set()
+        names, aside = {0: "WT", 0.01: "MWT"}, set()
         label = model.get("lane") or names.get(flags["w_task"], f"w_task {flags['w_task']}")
     found = {"name": model["name"], "seed": flags["seed"], "method": method,
              "data": json.dumps([flags.get(key) for key in DATA]), "label": label,
-             "setting": method + key_of(flags, follows | {"seed"}),
-             "architecture": method + key_of(flags, follows | TRAINING),
+             "setting": method + key_of(flags, aside | {"seed"}),
+             "architecture": method + key_of(flags, aside | TRAINING),
              "evidence": evidence(model)}
     flow = model["experiments"].get("token-flow", {})
     if "reader_halves" in flow:

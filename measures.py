@@ -135,7 +135,8 @@ def nearest_mean_accuracy(bank, bank_labels, queries, labels) -> float:
 # ---- Clusters ----
 
 def kmeans(x, k, g, steps=50):
-    """Cluster (n,) of each row of x (n, d): Lloyd's steps from a start by k-means++."""
+    """Cluster (n,) of each row of x (n, d): Lloyd's steps, so many or until nothing moves, from a
+    start by k-means++."""
     def nearest_centre(centres):
         return torch.cat([*squared_distances(centres, x)]).min(1)
 
@@ -146,7 +147,9 @@ def kmeans(x, k, g, steps=50):
     for _ in range(steps):
         member = F.one_hot(nearest_centre(centres).indices, k).to(x)  # (n, k)
         means = member.T @ x / member.sum(0).clamp_min(1)[:, None]
-        centres = torch.where(member.any(0)[:, None], means, centres)
+        before, centres = centres, torch.where(member.any(0)[:, None], means, centres)
+        if torch.equal(before, centres):
+            break
     return nearest_centre(centres).indices
 
 

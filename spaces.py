@@ -68,7 +68,7 @@ def merge(models: list[dict]) -> list[dict]:
     """Reports of the same run as one."""
     found = {}
     for model in models:
-        key = model["method"] + json.dumps(model["training"], sort_keys=True)
+        key = model["method"] + claims.key_of(model["training"])
         one = found.setdefault(key, model | {"experiments": {}})
         one["experiments"] |= model["experiments"]
     return list(found.values())

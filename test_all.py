@@ -2301,7 +2301,10 @@ def test_four_spaces():
     for report in reports:
         if report["method"] == "cohort":
             report["bank"] = 99
-    apart = dict(reports[0], experiments={"same-reader": reports[0]["experiments"].pop("same-reader")})
+    apart = dict(reports[0], experiments={"same-reader": reports[0]["experiments"].pop("same-reader")},
+                 training=reports[0]["training"] | {"out": "elsewhere.pt"})    # changes no result
+    for report in reports[2::4]:       # of mLoRA: what its program compares besides
+        report["training"]["kinds"] = ["mlora", "lora"][report["training"]["seed"]:]
     pixels = [{"flags": {"dataset": "data/set", "size": 16, "seed": seed, "train_size": 100}, "test_accuracy": 0.45}
               for seed in range(2)] + [{"flags": {"dataset": "data/set", "size": 8, "seed": 2, "train_size": 100},
                                         "test_accuracy": 0.9}]
