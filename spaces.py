@@ -37,7 +37,9 @@ COLUMNS = {"numbers": ("numbers an image", 1, 0), "psnr": ("PSNR, dB", 1, 1),
            "components": ("… − components", 100, 1),
            "colour": ("loss: mean colour of another class", 100, 1),
            "share": ("… share by the bias column", 1, 2)}
-HELD = list(COLUMNS)[:11]                      # the first table's columns
+HELD = list(COLUMNS)[:11]                      # the second table's columns
+SHORT = {"numbers": "numbers an image", "psnr": "PSNR, dB", "G": "geometry, %",
+         "L": "simple classifier, %", "R": "Transformer, %"}   # the first's
 NAMES = {"hyperinr": "HyperINR", "mlora": "mLoRA"}     # others go by their label
 
 
@@ -163,9 +165,22 @@ def cell(row: dict, column: str) -> str:
     return value if same else f"{value} [{ends[0]}, {ends[1]}]"
 
 
+def in_short(found: list[dict]) -> str:
+    """One table: the answer in each weight space, under each data set a row of its pixels."""
+    head = ["images", "stored as", "seeds", *SHORT.values(), "the class is"]
+    text, sets = [line(head), line(["---"] * len(head))], {row["data"]: row for row in found}
+    for data, last in sets.items():
+        for row in (row for row in found if row["data"] == data):
+            text.append(line([data, row["space"], str(len(row["seeds"])),
+                              *(cell(row, key) for key in SHORT), row["answer"].split(" (")[0]]))
+        pixels = [cell(last, f"pixels {letter}") for letter in "GLR"]
+        text.append(line([data, "pixels", "", "", "", *pixels, ""]))
+    return "\n".join(text) + "\n"
+
+
 def as_markdown(found: list[dict]) -> str:
-    """Two tables for each data set, what the weights hold and what the reader does with it."""
-    text = []
+    """The short table; two more a data set, what weights hold and what the reader does with it."""
+    text = [in_short(found)]
     for data in dict.fromkeys(row["data"] for row in found):
         mine = [row for row in found if row["data"] == data]
         for title, held in (("What the weights hold", True),

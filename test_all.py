@@ -2318,12 +2318,17 @@ def test_four_spaces():
         assert status == 0, err
         assert names_in("table") == {"table.json", "table.md", "table.png"}
         assert out.startswith(Path("table/table.md").read_text())
+        short = [[word.strip() for word in row.split("|")[1:-1]] for row in out.split("\n\n")[0].split("\n")]
         rows = {row["space"]: row for row in json.loads(Path("table/table.json").read_text())["rows"]}
         refused([*names, "0.png"], "0.png: no report", main=spaces.main)
         refused(["pixels0.json"], "no report of diagnostics.py", main=spaces.main)
     assert {name: row["answer"] for name, row in rows.items()} == {
         "MWT": "routed", "HyperINR": "simply there", "mLoRA": "clustered", "cohort": "not comparable"}
     assert rows["cohort"]["why_not"].startswith("16 pixels a side, 99 training images") and "99 training images" in out
+    assert short[0] == ["images", "stored as", "seeds", *spaces.SHORT.values(), "the class is"]
+    assert [row[1] for row in short[2:]] == ["HyperINR", "MWT", "cohort", "mLoRA", "pixels"]
+    assert short[3] == ["set", "MWT", "3", "30", "31.0 [28.5, 33.5]", "30.0", "40.0", "50.1 [49.9, 50.3]", "routed"]
+    assert short[-1] == ["set", "pixels", "", "", "", "30.0", "30.0", "45.0", ""]
     cells = rows["MWT"]["cells"]
     expected = {"numbers": 30, "psnr": 31, "R": 0.501, "own": 0.5, "G": 0.3, "L": 0.4, "R - G": 0.201, "R - L": 0.101,
                 "pixels R": 0.45, "pixels G": 0.3, "pixels L": 0.3, "late": 0.07, "bias column": 0.1, "columns": 0.03,
