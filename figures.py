@@ -151,13 +151,25 @@ def learning_curves(axes, report: dict):
         label(axis, "", "epoch", quantity, True)
 
 
-def picture(axis, image: np.ndarray, text: str):
+def picture(axis, image: np.ndarray, text: str = "", **place):
     """image: (C, h, w) in [-1, 1], C is 1 or 3."""
     image = (image.clip(-1, 1).transpose(1, 2, 0) + 1) / 2                     # (h, w, C)
-    axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1, **place)
     axis.set_xlabel(text, fontsize=8, parse_math=False)                # a class may be called "$"
     axis.set_xticks([])
     axis.set_yticks([])
+
+
+def strips(axis, rows: dict):
+    """{name: pictures (n, C, h, w) in [-1, 1]}, a strip each."""
+    for i, pictures in enumerate(rows.values()):
+        for j, image in enumerate(pictures):
+            picture(axis, image, extent=(j, j + 0.95, i + 0.95, i))
+    axis.set_xlim(0, max(map(len, rows.values())))
+    axis.set_ylim(len(rows), 0)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, [*rows], fontsize=8)
+    axis.tick_params(length=0)
+    axis.set_frame_on(False)
 
 
 def cost_figure(path: Path, report: dict):
@@ -183,16 +195,11 @@ def hypernetwork_figure(path: Path, report: dict, shown: dict):
 
     shown: {"images", "rebuilt": (n, C, h, w); "path": pictures on the way from one z to another
     (m, C, h, w); "weights": theirs (m, T, D); "map": (q, 2); "labels": (q,)}."""
-    rows = {"image": "images", "from its z": "rebuilt", "between two z": "path",
-            "the weights there": "weights"}
     figure = Figure(figsize=(13, 12), layout="constrained", dpi=110)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
-    grid = top.subplots(len(rows), len(shown["path"]), squeeze=False)
-    limit = np.abs(shown["weights"]).max()
-    for line, (name, key) in zip(grid, rows.items()):
-        for axis, image in itertools.zip_longest(line, shown[key]):
-            picture(axis, image[None] / limit if key == "weights" else image, "")
-        line[0].set_ylabel(name, fontsize=9)
+    weights = shown["weights"] / np.abs(shown["weights"]).max()
+    strips(top.subplots(), {"image": shown["images"], "from its z": shown["rebuilt"],
+                            "between two z": shown["path"], "the weights there": weights[:, None]})
     draws = bottom.subplots(2, 2).flatten()
     for draw, axis in zip((map_of_latents, spectrum, refit_distances, errors_of_dz), draws):
         draw(axis, shown if draw is map_of_latents else report["theorem"])
@@ -247,10 +254,7 @@ def mlora_figure(path: Path, report: dict, shown: dict):
         ("generate", distances_of_samples)) if report[part]]
     figure = Figure((5 + 5.5 * len(draws), 2 + 0.4 * len(shown)), layout="constrained", dpi=110)
     left, right = figure.subfigures(1, 2, width_ratios=[4.5, 5 * len(draws)])
-    for line, (name, pictures) in zip(left.subplots(len(shown), 8, squeeze=False), shown.items()):
-        for axis, image in zip(line, pictures):
-            picture(axis, image, "")
-        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    strips(left.subplots(), shown)
     for (draw, rows), axis in zip(draws, right.subplots(1, len(draws), squeeze=False)[0]):
         draw(axis, rows)
     figure.savefig(path)
