@@ -89,35 +89,41 @@ def examined(model: dict) -> tuple:
 
 def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
     """A row a weight space and data set: {"data", "space", "seeds", "cells": {column: (value, low,
-    high)}, over seeds, low and high None for one; "why_not": what forbids a comparison, or None}.
-    pixels: reports of pixels.py."""
-    found, models = {}, merge(models)
-    for model in models:
-        point = claims.point(model)
+    high)}, over seeds, low and high None for one; "why_not": what forbids a comparison, or None;
+    "answer"}. pixels: reports of pixels.py."""
+    groups, of_data = {}, {}           # models of one row; what the models of a data set saw
+    for model in merge(models):
+        point, data = claims.point(model), Path(model["data"]).name
         space = NAMES.get(point["label"], point["label"])
-        key = Path(model["data"]).name, space, point["setting"]
-        found.setdefault(key, []).append((point["seed"], model))
-    result = []
-    for (data, space, setting), group in sorted(found.items(), key=lambda item: item[0][:2]):
-        of_data = [examined(model) for model in models if Path(model["data"]).name == data]
-        usual, mine = max(of_data, key=of_data.count), {examined(model) for _, model in group}
-        same_name = sum(key[:2] == (data, space) for key in found)
-        why = None
-        if mine != {usual}:
-            why = f"{describe(next(iter(mine - {usual})))}; the others {describe(usual)}"
-        elif same_name > 1:
-            why = f"{same_name} settings of this name"
-        seeds = [seed for seed, _ in group]
-        values = [cells(model) for _, model in group]
-        for seed, value in zip(seeds, values):
-            for report in pixels:
-                if is_of(report["flags"], data, seed, usual):
-                    value["pixels R"] = report["test_accuracy"]
-        result.append({"data": data, "space": space, "seeds": sorted(seeds), "why_not": why,
-                       "cells": {column: over(values, column) for column in (*COLUMNS, "chance")
-                                 if any(column in value for value in values)}})
-        result[-1]["answer"] = answer(result[-1])
+        groups.setdefault((data, space, point["setting"]), []).append(model)
+        of_data.setdefault(data, []).append(examined(model))
+    spaces, result = [key[:2] for key in groups], []
+    for (data, space, _), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+        usual = max(of_data[data], key=of_data[data].count)
+        seeds = [model["training"]["seed"] for model in group]
+        values = [cells(model) | {"pixels R": report["test_accuracy"] for report in pixels
+                                  if is_of(report["flags"], data, seed, usual)}
+                  for seed, model in zip(seeds, group)]
+        row = {"data": data, "space": space, "seeds": sorted(seeds),
+               "why_not": why_not(group, usual, spaces.count((data, space))),
+               "cells": {column: over(values, column) for column in (*COLUMNS, "chance")
+                         if any(column in value for value in values)}}
+        result.append(row | {"answer": answer(row)})
     return result
+
+
+def why_not(group: list[dict], usual: tuple, settings: int) -> str | None:
+    """What forbids to compare the models of a row with the others of its data set."""
+    others = {examined(model) for model in group} - {usual}
+    if others:
+        return f"{describe(others.pop())}; the others {describe(usual)}"
+    return f"{settings} settings of this name" if settings > 1 else None
+
+
+def describe(seen: tuple) -> str:
+    """What `examined` returns, in words."""
+    size, bank, test, where = seen
+    return f"{size} pixels a side, {bank} training images, {test} {where}"
 
 
 def is_of(flags: dict, data: str, seed: int, usual: tuple) -> bool:
@@ -125,12 +131,6 @@ def is_of(flags: dict, data: str, seed: int, usual: tuple) -> bool:
     size, bank, *_ = usual
     return (Path(flags["dataset"]).name, flags["seed"], side(flags["dataset"], flags["size"])) == (
         data, seed, size) and flags["train_size"] in (None, bank)
-
-
-def describe(seen: tuple) -> str:
-    """What `examined` returns, in words."""
-    size, bank, test, where = seen
-    return f"{size} pixels a side, {bank} training images, {test} {where}"
 
 
 def over(values: list[dict], column: str) -> tuple:

@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import glob
 import io
 import json
 import math
@@ -2341,6 +2342,21 @@ def test_four_spaces():
     wider = dict(reports[4]["training"], width=9)
     two = spaces.rows([reports[4], space_report("mwt", 7, 0.5, 0.3, 0.4, training=wider)], [])
     assert [row["why_not"] for row in two] == ["2 settings of this name"] * 2
+
+
+def test_recorded_table():
+    """A figure of the table on its page or in the README is not what the recorded reports say."""
+    page, readme = ((HERE / name).read_text() for name in ("results/four_spaces.md", "README.md"))
+    program, *words = shlex.split(page[page.index("python spaces.py results/"):].split("```")[0])[1:]
+    *patterns, out = [HERE / word for word in words if word != "--out"]
+    reports = [path for pattern in patterns for path in sorted(glob.glob(str(pattern)))]
+    assert program == "spaces.py" and len(reports) > 30
+    with folder(), replaced(figures, "spaces_figure", lambda *_: None):
+        assert command([*reports, "--out", "again"], spaces.main)[0] == 0
+        again, recorded = (json.loads((path / "table.json").read_text()) for path in (Path("again"), out))
+        assert again == recorded and Path("again/table.md").read_text() in page
+    harder = [row for row in recorded["rows"] if row["data"] != "digits"]
+    assert spaces.in_short(harder) in readme and (out / "table.png").exists()
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
