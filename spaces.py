@@ -10,6 +10,7 @@ within it: table.json, table.md, table.png. A row that cannot be compared says w
     clustered      geometry of the weights tells the class as well as a trained Transformer, R
     simply there   it does not, but a simple classifier does
     routed         neither does
+    not routed     a simple classifier does; whether geometry does too is not decided
 
 by the rules of claims.py for C1a and C1b. R is one reader, trained in one way, for all spaces.
 """
@@ -141,17 +142,22 @@ def over(values: list[dict], column: str) -> tuple:
 
 def answer(row: dict) -> str:
     """The rule of this table."""
-    c = row["cells"]
-    if row["why_not"] or not {"R - G", "R - L", "chance"} <= c.keys():
-        return "not comparable" if row["why_not"] else "not measured"
-    verdicts = [claims.opponent_verdict(c[f"R - {letter}"], c[letter][0], c["R"][0], c["chance"][0])
-                for letter in "GL"]
-    if verdicts[0] in (claims.REFUTED, "equivalent"):
+    c, alike = row["cells"], (claims.REFUTED, "equivalent")
+    if row["why_not"]:
+        return "not comparable"
+    if not {"R - G", "R - L", "chance"} <= c.keys():
+        return "not measured"
+    geometry, classifier = (claims.opponent_verdict(c[f"R - {letter}"], c[letter][0], c["R"][0],
+                                                    c["chance"][0]) for letter in "GL")
+    if geometry in alike:
         return "clustered"
-    if verdicts[0] == claims.SUPPORTED:
-        return {claims.SUPPORTED: "routed", claims.REFUTED: "simply there",
-                "equivalent": "simply there"}.get(verdicts[1], verdicts[1])
-    return verdicts[0] if len(row["seeds"]) > 1 else "not decided by one seed"
+    if geometry == claims.SUPPORTED == classifier:
+        return "routed"
+    if classifier in alike and geometry in (claims.SUPPORTED, claims.OPEN):
+        return "simply there" if geometry == claims.SUPPORTED else "not routed"
+    if len(row["seeds"]) == 1 and claims.OPEN in (geometry, classifier):
+        return "not decided by one seed"
+    return classifier if geometry == claims.SUPPORTED else geometry
 
 
 # ---- The page ------------------------------------------------------------------------------------

@@ -2339,6 +2339,8 @@ def test_four_spaces():
     assert np.allclose(cells["R"], measures.t_interval([0.5, 0.501, 0.502])) and rows["MWT"]["seeds"] == [0, 1, 2]
     one = {row["space"]: row["answer"] for row in spaces.rows(reports[4:8], [])}
     assert one["MWT"] == "not decided by one seed"
+    unclear = spaces.rows([space_report("mwt", seed, 0.5, (0.45, 0.53, 0.49)[seed], 0.6) for seed in range(3)], [])
+    assert unclear[0]["answer"] == "not routed"
     wider = dict(reports[4]["training"], width=9)
     two = spaces.rows([reports[4], space_report("mwt", 7, 0.5, 0.3, 0.4, training=wider)], [])
     assert [row["why_not"] for row in two] == ["2 settings of this name"] * 2
