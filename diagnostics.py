@@ -587,10 +587,10 @@ def diagnose(path: str, opened: Opened, flags, device, write) -> dict:
     if not torch.isfinite(logits).all():
         raise InputError(f"{path}: its fits or predictions are not finite")
     guesses, recipe = logits.argmax(-1), argparse.Namespace(**RECIPE | saved["args"])
+    program = "train" if saved["method"] == "mwt" else METHODS[saved["method"]]
     right, missing, done = int((guesses == queries.labels).sum()), left_out(model, recipe), {}
     report = {"name": Path(path).stem, "checkpoint": path, "method": saved["method"],
-              "command": command_line(argparse.Namespace(**saved["args"]),
-                                      METHODS[saved["method"]]),
+              "command": command_line(argparse.Namespace(**saved["args"]), program),
               "training": saved["args"], "data": args.dataset, "test": len(test),
               "bank": len(images), "whole_bank": whole_bank, "unfinished": "progress" in saved,
               "evaluated_on": "held-out training images" if args.val else "test images",
