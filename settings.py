@@ -148,12 +148,16 @@ def recipe(dataset: str, size: int | None) -> dict:
     return RECIPE | special | {"dataset": dataset, "size": size}
 
 
+# For these some programs have usual values of their own.
+OWN = "width depth omega fraction reader_depth head_dim epochs batch_size lr".split()
+
+
 def command_line(args, program: str = "train") -> str:
-    """The shortest command that makes this run, whatever flags it was started or resumed with."""
+    """A short command that makes this run, whatever flags it was started or resumed with."""
     usual = recipe(args.dataset, args.size)
     usual |= {"dataset": "digits", "size": SIZE.get(args.dataset, 32)}
-    if program == "cohort":                    # its defaults are its own
-        usual = {}
+    for key in {"cohort": [*usual], "hyperinr": OWN, "mlora": OWN}.get(program, ()):
+        del usual[key]
     hidden = {"resume", "compile", "recompute", "workers"}
     if program != "train":
         hidden.add("token_scale")              # it follows from the tokens
