@@ -20,7 +20,7 @@ from pathlib import Path
 
 import claims
 import figures
-from checkpoint import InputError, exits
+from checkpoint import METHODS, InputError, exits
 from data import SIZE
 from measures import t_interval
 from settings import Parser
@@ -99,7 +99,9 @@ def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
         groups.setdefault((data, space, point["setting"]), []).append(model)
         of_data.setdefault(data, []).append(examined(model))
     spaces, result = [key[:2] for key in groups], []
-    for (data, space, _), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+    order = {method: i for i, method in enumerate(METHODS)}
+    for (data, space, _), group in sorted(groups.items(), key=lambda item: (
+            item[0][0], order.get(item[1][0]["method"], len(order)), item[0][1])):
         usual = max(of_data[data], key=of_data[data].count)
         seeds = [model["training"]["seed"] for model in group]
         values = [cells(model) | {"pixels R": report["test_accuracy"] for report in pixels

@@ -2330,8 +2330,8 @@ def test_four_spaces():
         "MWT": "routed", "HyperINR": "simply there", "mLoRA": "clustered", "cohort": "not comparable"}
     assert rows["cohort"]["why_not"].startswith("16 pixels a side, 99 training images") and "99 training images" in out
     assert short[0] == ["images", "stored as", "seeds", *spaces.SHORT.values(), "the class is"]
-    assert [row[1] for row in short[2:]] == ["HyperINR", "MWT", "cohort", "mLoRA", "pixels"]
-    assert short[3] == ["set", "MWT", "3", "30", "31.0 [28.5, 33.5]", "30.0", "40.0", "50.1 [49.9, 50.3]", "routed"]
+    assert [row[1] for row in short[2:]] == ["MWT", "HyperINR", "mLoRA", "cohort", "pixels"]
+    assert short[2] == ["set", "MWT", "3", "30", "31.0 [28.5, 33.5]", "30.0", "40.0", "50.1 [49.9, 50.3]", "routed"]
     assert short[-1] == ["set", "pixels", "", "", "", "30.0", "30.0", "45.0", ""]
     cells = rows["MWT"]["cells"]
     expected = {"numbers": 30, "psnr": 31, "R": 0.501, "own": 0.5, "G": 0.3, "L": 0.4, "R - G": 0.201, "R - L": 0.101,
