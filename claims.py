@@ -74,16 +74,20 @@ def decide(supported: bool, refuted: bool) -> str:
     return REFUTED if refuted else SUPPORTED if supported else OPEN
 
 
+def lead(gap) -> str:
+    """Of a difference: supported above 2 points, refuted below 0, equivalent within 2 points."""
+    verdict = decide(side(gap, POINTS) > 0, side(gap, 0) < 0)
+    within = side(gap, -POINTS) > 0 > side(gap, POINTS)
+    return "equivalent" if verdict == OPEN and within else verdict
+
+
 def opponent_verdict(gap, best: float, reader: float, chance: float) -> str:
-    """C1a, C1b: the reader less its opponent (G or L), whose accuracy is `best`: supported above 2
-    points, refuted below 0, equivalent within 2 points."""
+    """C1a, C1b: does the reader lead its opponent (G or L), whose accuracy is `best`?"""
     if reader - chance < FLOOR:
         return "no verdict: floor (the reader is hardly above chance)"
     if best > CEILING:
         return "no verdict: ceiling (nothing is left for a reader to add)"
-    verdict = decide(side(gap, POINTS) > 0, side(gap, 0) < 0)
-    within = side(gap, -POINTS) > 0 > side(gap, POINTS)
-    return "equivalent" if verdict == OPEN and within else verdict
+    return lead(gap)
 
 
 def pressure_verdict(purity, accuracy, beyond_random) -> str:

@@ -414,7 +414,7 @@ def curve_table(result: dict) -> str:
 # weights, a new reader, the same for all, is trained on the fitted training images.
 
 SAME = dict(width=64, reader_depth=3, head_dim=32, mlp_ratio=1, epochs=15, batch_size=32, lr=3e-3,
-            weight_decay=1e-4)
+            weight_decay=1e-4, precision="float32")
 
 
 def same_reader(model, bank: Fitted, queries: Fitted, args) -> dict:

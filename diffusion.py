@@ -63,8 +63,8 @@ def ddim(predict, x: Tensor, steps: int = 50) -> Tensor:
 
 
 def diffusion(x: Tensor, count: int, depth: int, steps: int = 1000, seed: int = 0) -> Tensor:
-    """Samples (count, T, D) of a DDPM (Ho et al., NeurIPS 2020) of x (n, T, D), whose tokens are
-    those of `depth` layers. Trained for so many steps."""
+    """Samples (count, T, D), by `ddim`, of a DDPM (Ho et al., NeurIPS 2020) of x (n, T, D), whose
+    tokens are those of `depth` layers. Trained for so many steps."""
     g, (n, *shape) = generator("diffusion", seed), x.shape
     with seeded("denoiser", seed):
         denoiser = Denoiser(depth, shape[0] // depth, shape[1]).to(x)
@@ -90,7 +90,7 @@ def gaussian(x: Tensor, count: int, g) -> Tensor:
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
-    """Distance of the normal distributions that fit x (n, d) and y (m, d) (Dowson & Landau 1982):
+    """Squared distance of the normal laws that fit x (n, d) and y (m, d) (Dowson & Landau 1982):
     |difference of means|^2 + tr(S + R - 2 (S R)^(1/2)), S, R their covariances."""
     x, y = x.double(), y.double()
     S, R = torch.cov(x.T), torch.cov(y.T)

@@ -485,9 +485,10 @@ def spaces_figure(path: Path, rows: list[dict]):
     for axis, data in zip(axes, sets):
         mine = [row for row in rows if row["data"] == data]
         for shift, (key, marker, name) in enumerate((
-                ("G", "s", "geometry of the weights"), ("L", "^", "best simple classifier"),
-                ("R", "o", "Transformer, the same for all"), ("own", "x", "its own reader"))):
-            known = [(i, row["cells"][key]) for i, row in enumerate(mine) if key in row["cells"]]
+                ("G", "s", "geometry"), ("L", "^", "simple classifier"),
+                ("R", "o", "Transformer"), ("own", "x", "its own reader"))):
+            known = [(i, row["cells"][key][:3]) for i, row in enumerate(mine)
+                     if key in row["cells"]]
             if not known:
                 continue
             value, error = whiskers([each for _, each in known], 100)
@@ -496,7 +497,8 @@ def spaces_figure(path: Path, rows: list[dict]):
         for shift, (key, style, name) in enumerate((
                 ("pixels G", ":", "pixels: geometry"), ("pixels L", "--", "pixels: classifier"),
                 ("pixels R", "-", "pixels: Transformer"))):
-            known = [row["cells"][key][0] for row in mine if key in row["cells"]]
+            known = [row["cells"][key][0] for row in mine
+                     if key in row["cells"] and not row["why_not"]]
             if known:
                 axis.axvline(100 * sum(known) / len(known), color=f"C{shift}", linestyle=style,
                              linewidth=1, label=name)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import figures
 import settings
-from checkpoint import InputError, exits, generator, model_from, save_checkpoint, seeded
+from checkpoint import InputError, Stop, exits, generator, model_from, save_checkpoint, seeded
 from claims import table
 from data import load_dataset, stratified_sample
 from diffusion import copies, diffusion, frechet, gaussian
@@ -131,7 +131,7 @@ class MLoRA(nn.Module):
             own, deviation = self.draw_network(*key)
         elif kind.startswith("lora"):      # B A is 0
             own = torch.cat([deviation * noise[:, :width], 0 * noise[:, width:]], 1)
-        else:                              # B A is near 1, what is frozen has no part in it
+        else:                              # B A is 1 on average; what is frozen has no part in it
             used = free.unflatten(0, (-1, rank)).sum(1, True).clamp_min(1)     # (depth, 1, D)
             ones = rank ** 0.5 / used.expand(-1, rank, -1).flatten(0, 1)       # B: 1 / sqrt(r)
             own, deviation = ones * (1 + noise / 2), 0.0
@@ -228,8 +228,8 @@ def modulated(base: Tensor, factor: Tensor) -> Tensor:
 
 
 def train_base(model: MLoRA, images: Tensor) -> float:
-    """PSNR (dB) of images (N, C, size, size) when model.base is trained on them as an auto-decoder:
-    mean squared error + lambda_z |z|^2. z = 0 is then folded into it."""
+    """Trains model.base on images (N, C, size, size) as an auto-decoder: mean squared error +
+    lambda_z |z|^2; then folds z = 0 into it. PSNR (dB) over the last epoch, with their z."""
     args, base, device = model.args, model.base.requires_grad_(), images.device
     with seeded("modulation", args.seed):
         modulate = nn.Sequential(nn.Linear(args.latent, 64), nn.GELU(),
@@ -369,6 +369,8 @@ def examine(model: MLoRA, kind: str, init: str, data: list[Tensor], found: dict)
     args, name = model.args, kind + ", separate" * (init == "separate")
     images, labels, test_images, test_labels = data
     bank, test = (model.fit_kind(kind, init, each) for each in (images, test_images))
+    if not (bank.isfinite().all() and test.isfinite().all()):
+        raise Stop(1, f"the fits of {name} are not finite; a lower --rate-… is needed")
     pictures, start = model.show(kind, test), model.start(kind).to(bank)
     decibels = psnr((pictures - test_images).square().mean((1, 2, 3)))
     row = found["classify"][name] = {"numbers": int(model.free(kind).sum()),
@@ -419,6 +421,8 @@ def run(argv: list[str] | None):
     args = read_flags(argv)
     found_out = {"token_scale", *(RATE_FLAGS if args.choose else ())}
     device, content = settings.find_device(args.device), settings.open_method_run(args, found_out)
+    if args.init == ["separate"] and not {"reconstruct", "classify"} & set(args.only):
+        raise InputError(f"--only {' '.join(args.only)}: of fits from one start, --init shared")
     images, test = load_dataset(args, device)
     if min(len(images), len(test)) < 24:
         raise InputError(f"{len(images)} training and {len(test)} test images: 24 needed")

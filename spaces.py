@@ -5,14 +5,15 @@
     python spaces.py a/report.json a-same/report.json … pixels.json --out spaces
 
 Reports of diagnostics.py, and of pixels.py, become a row for each weight space and data set, seeds
-within it: table.json, table.md, table.png. A row that cannot be compared says why. In each space
+within it: table.json, table.md, table.png. A row that cannot be compared says why. R is here one
+Transformer, trained in one way in all spaces, G the best geometry, L the best simple classifier.
+Leads: by more than 2 points. Is level: within 2 points, or behind (claims.lead; 95% over seeds).
 
-    clustered      geometry of the weights tells the class as well as a trained Transformer, R
-    simply there   it does not, but a simple classifier does
-    routed         neither does
-    not routed     a simple classifier does; whether geometry does too is not decided
-
-by the rules of claims.py for C1a and C1b. R is one reader, trained in one way, for all spaces.
+    clustered       neither R nor L leads G
+    simply there    R or L leads G, and R is level with L
+    routed          R leads both
+    not routed      R is level with L; whether anything leads G is not decided
+    not clustered   R or L leads G; whether R leads L is not decided
 """
 import argparse
 import json
@@ -26,21 +27,20 @@ from measures import t_interval
 from settings import Parser
 
 # Of each column: its title, and the factor to what is printed (percent, points), decimals.
-COLUMNS = {"numbers": ("numbers an image", 1, 0), "psnr": ("PSNR, dB", 1, 1),
-           "R": ("R: same reader, %", 100, 1), "own": ("its own reader, %", 100, 1),
-           "G": ("G: geometry, %", 100, 1), "L": ("L: classifier, %", 100, 1),
-           "R - G": ("R − G", 100, 1), "R - L": ("R − L", 100, 1),
-           "pixels G": ("pixels: G", 100, 1), "pixels L": ("pixels: L", 100, 1),
-           "pixels R": ("pixels: Transformer", 100, 1),
-           "late": ("rise of 10-NN, late − early", 100, 1),
-           "bias column": ("loss: bias column exchanged", 100, 1),
-           "columns": ("… − random columns", 100, 1),
-           "components": ("… − components", 100, 1),
-           "colour": ("loss: mean colour of another class", 100, 1),
-           "share": ("… share by the bias column", 1, 2)}
-HELD = list(COLUMNS)[:11]                      # the second table's columns
-SHORT = {"numbers": "numbers an image", "psnr": "PSNR, dB", "G": "geometry, %",
-         "L": "simple classifier, %", "R": "Transformer, %"}   # the first's
+HELD = {"numbers": ("numbers that R reads", 1, 0), "psnr": ("PSNR, dB", 1, 1),
+        "R": ("R: one Transformer, %", 100, 1), "own": ("its own reader, %", 100, 1),
+        "G": ("G: geometry, %", 100, 1), "L": ("L: classifier, %", 100, 1),
+        "R - G": ("R − G", 100, 1), "R - L": ("R − L", 100, 1), "L - G": ("L − G", 100, 1),
+        "pixels G": ("pixels: G", 100, 1), "pixels L": ("pixels: L", 100, 1),
+        "pixels R": ("pixels: Transformer", 100, 1)}
+DONE = {"late": ("rise of 10-NN, late − early", 100, 1),
+        "bias column": ("loss: bias column exchanged", 100, 1),
+        "columns": ("… − random columns", 100, 1), "components": ("… − components", 100, 1),
+        "colour": ("loss: mean colour of another class", 100, 1),
+        "share": ("… share by the bias column", 1, 2)}
+COLUMNS = HELD | DONE
+SHORT = {"numbers": "numbers", "psnr": "PSNR, dB", "G": "geometry, %",
+         "L": "simple classifier, %", "R": "Transformer, %"}
 NAMES = {"hyperinr": "HyperINR", "mlora": "mLoRA"}     # others go by their label
 
 
@@ -57,8 +57,8 @@ def cells(model: dict) -> dict:
     if same := done.get("same-reader"):
         found |= {"numbers": same["tokens"] * same["features"], "psnr": same["psnr"],
                   "R": same["reader"]}
-        found |= {f"R - {letter}": same["reader"] - found[letter] for letter in "GL"
-                  if letter in found}
+    found |= {f"{a} - {b}": found[a] - found[b] for a, b in ("RG", "RL", "LG")
+              if {a, b} <= found.keys()}
     if "content" in done:
         other = done["content"]["mediation"][0]
         found["colour"] = other["total"][0]
@@ -68,10 +68,10 @@ def cells(model: dict) -> dict:
 
 
 def merge(models: list[dict]) -> list[dict]:
-    """Reports of the same run as one."""
+    """Reports of the same run on the same images as one."""
     found = {}
     for model in models:
-        key = model["method"] + claims.key_of(model["training"])
+        key = model["method"], claims.key_of(model["training"]), examined(model)
         one = found.setdefault(key, model | {"experiments": {}})
         one["experiments"] |= model["experiments"]
     return list(found.values())
@@ -84,14 +84,14 @@ def side(dataset: str, size: int | None) -> int:
 
 def examined(model: dict) -> tuple:
     """What must be the same for two rows to be compared."""
-    return (side(model["data"], model["training"].get("size")), model["bank"], model["test"],
-            model["evaluated_on"])
+    return (model["data"], side(model["data"], model["training"].get("size")), model["bank"],
+            model["test"], model["evaluated_on"])
 
 
 def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
     """A row a weight space and data set: {"data", "space", "seeds", "cells": {column: (value, low,
-    high)}, over seeds, low and high None for one; "why_not": what forbids a comparison, or None;
-    "answer"}. pixels: reports of pixels.py."""
+    high, n)}, over n seeds, low and high None for one; "why_not": what forbids a comparison, or
+    None; "answer"}. pixels: reports of pixels.py."""
     groups, of_data = {}, {}           # models of one row; what the models of a data set saw
     for model in merge(models):
         point, data = claims.point(model), Path(model["data"]).name
@@ -103,11 +103,10 @@ def rows(models: list[dict], pixels: list[dict]) -> list[dict]:
     for (data, space, _), group in sorted(groups.items(), key=lambda item: (
             item[0][0], order.get(item[1][0]["method"], len(order)), item[0][1])):
         usual = max(of_data[data], key=of_data[data].count)
-        seeds = [model["training"]["seed"] for model in group]
         values = [cells(model) | {"pixels R": report["test_accuracy"] for report in pixels
-                                  if is_of(report["flags"], data, seed, usual)}
-                  for seed, model in zip(seeds, group)]
-        row = {"data": data, "space": space, "seeds": sorted(seeds),
+                                  if is_of(report["flags"], model)} for model in group]
+        row = {"data": data, "space": space,
+               "seeds": sorted(model["training"]["seed"] for model in group),
                "why_not": why_not(group, usual, spaces.count((data, space))),
                "cells": {column: over(values, column) for column in (*COLUMNS, "chance")
                          if any(column in value for value in values)}}
@@ -120,46 +119,51 @@ def why_not(group: list[dict], usual: tuple, settings: int) -> str | None:
     others = {examined(model) for model in group} - {usual}
     if others:
         return f"{describe(others.pop())}; the others {describe(usual)}"
+    if any(model["unfinished"] for model in group):
+        return "a run is not finished"
     return f"{settings} settings of this name" if settings > 1 else None
 
 
 def describe(seen: tuple) -> str:
     """What `examined` returns, in words."""
-    size, bank, test, where = seen
-    return f"{size} pixels a side, {bank} training images, {test} {where}"
+    data, size, bank, test, where = seen
+    return f"{data}, {size} pixels a side, {bank} training images, {test} {where}"
 
 
-def is_of(flags: dict, data: str, seed: int, usual: tuple) -> bool:
-    """Is a run on pixels of that data and seed?"""
-    size, bank, *_ = usual
-    return (Path(flags["dataset"]).name, flags["seed"], side(flags["dataset"], flags["size"])) == (
-        data, seed, size) and flags["train_size"] in (None, bank)
+def is_of(flags: dict, model: dict) -> bool:
+    """Did a run on pixels see what the model saw?"""
+    of_pixels, of_model = ((Path(each["dataset"]).name, side(each["dataset"], each.get("size")),
+                            *(each.get(key) for key in ("train_size", "test_size", "val", "seed")))
+                           for each in (flags, model["training"]))
+    return of_pixels == of_model
 
 
 def over(values: list[dict], column: str) -> tuple:
-    """(mean, low, high) over the seeds that have it."""
+    """(mean, low, high, n) over the n seeds that have it."""
     known = [value[column] for value in values if column in value]
-    return t_interval(known) or (known[0], None, None)
+    return *(t_interval(known) or (known[0], None, None)), len(known)
 
 
 def answer(row: dict) -> str:
     """The rule of this table."""
-    c, alike = row["cells"], (claims.REFUTED, "equivalent")
+    c, level = row["cells"], (claims.REFUTED, "equivalent")
     if row["why_not"]:
         return "not comparable"
     if not {"R - G", "R - L", "chance"} <= c.keys():
         return "not measured"
-    geometry, classifier = (claims.opponent_verdict(c[f"R - {letter}"], c[letter][0], c["R"][0],
-                                                    c["chance"][0]) for letter in "GL")
-    if geometry in alike:
-        return "clustered"
-    if geometry == claims.SUPPORTED == classifier:
-        return "routed"
-    if classifier in alike and geometry in (claims.SUPPORTED, claims.OPEN):
-        return "simply there" if geometry == claims.SUPPORTED else "not routed"
-    if len(row["seeds"]) == 1 and claims.OPEN in (geometry, classifier):
+    if c["G"][0] > claims.CEILING:
+        return "no verdict: ceiling"                   # nothing is left for anything to add
+    if max(c["R"][0], c["L"][0]) - c["chance"][0] < claims.FLOOR:
+        return "no verdict: floor"
+    if c["R - L"][3] == 1:
         return "not decided by one seed"
-    return classifier if geometry == claims.SUPPORTED else geometry
+    R_to_G, L_to_G, R_to_L = (claims.lead(c[pair][:3]) for pair in ("R - G", "L - G", "R - L"))
+    if claims.SUPPORTED in (R_to_G, L_to_G):
+        return ("routed" if R_to_L == claims.SUPPORTED else
+                "simply there" if R_to_L in level else "not clustered")
+    if R_to_G in level and L_to_G in level:
+        return "clustered"
+    return "not routed" if R_to_L in level else claims.OPEN
 
 
 # ---- The page ------------------------------------------------------------------------------------
@@ -168,20 +172,23 @@ def cell(row: dict, column: str) -> str:
     if column not in row["cells"]:
         return ""
     _, factor, digits = COLUMNS[column]
-    value, *ends = (None if x is None else f"{factor * x:.{digits}f}" for x in row["cells"][column])
-    same = ends[0] in (None, value) and ends[1] in (None, value)
-    return value if same else f"{value} [{ends[0]}, {ends[1]}]"
+    *interval, n = row["cells"][column]
+    value, *ends = (None if x is None else f"{factor * x:.{digits}f}" for x in interval)
+    text = value if set(ends) <= {None, value} else f"{value} [{ends[0]}, {ends[1]}]"
+    return text if n == len(row["seeds"]) else f"{text} (n = {n})"
 
 
 def in_short(found: list[dict]) -> str:
     """One table: the answer in each weight space, under each data set a row of its pixels."""
     head = ["images", "stored as", "seeds", *SHORT.values(), "the class is"]
-    text, sets = [line(head), line(["---"] * len(head))], {row["data"]: row for row in found}
-    for data, last in sets.items():
+    text = [line(head), line(["---"] * len(head))]
+    for data in dict.fromkeys(row["data"] for row in found):
         for row in (row for row in found if row["data"] == data):
             text.append(line([data, row["space"], str(len(row["seeds"])),
-                              *(cell(row, key) for key in SHORT), row["answer"].split(" (")[0]]))
-        pixels = [cell(last, f"pixels {letter}") for letter in "GLR"]
+                              *(cell(row, key) for key in SHORT), row["answer"]]))
+        pixels = [next((cell(row, f"pixels {letter}") for row in found if row["data"] == data
+                        and not row["why_not"] and f"pixels {letter}" in row["cells"]), "")
+                  for letter in "GLR"]
         text.append(line([data, "pixels", "", "", "", *pixels, ""]))
     return "\n".join(text) + "\n"
 
@@ -191,11 +198,10 @@ def as_markdown(found: list[dict]) -> str:
     text = [in_short(found)]
     for data in dict.fromkeys(row["data"] for row in found):
         mine = [row for row in found if row["data"] == data]
-        for title, held in (("What the weights hold", True),
-                            ("What its own reader does with it, points", False)):
-            columns = [column for column in COLUMNS if (column in HELD) == held
-                       and any(column in row["cells"] for row in mine)]
-            last = ["the class is"] * held
+        for title, among in (("What the weights hold", HELD),
+                             ("What its own reader does with it, points", DONE)):
+            columns = [key for key in among if any(key in row["cells"] for row in mine)]
+            last = ["the class is"] * (among is HELD)
             head = ["weight space", "seeds", *(COLUMNS[column][0] for column in columns), *last]
             text += [f"**{data}. {title}**\n", line(head), line(["---"] * len(head))]
             for row in mine:
@@ -230,10 +236,11 @@ def read_reports(paths: list[str]) -> tuple[list[dict], list[dict]]:
         try:
             report = json.loads(Path(path).read_text())
             if "model" in report:
-                cells(report["model"]), claims.point(report["model"])
-                models.append(report["model"])
+                models.append({"method": "mwt"} | report["model"])     # the first reports say none
+                rows(models[-1:], [])
+                float(report["model"]["reader"])
             else:
-                float(report["test_accuracy"]), report["flags"]["seed"]
+                float(report["test_accuracy"]), report["flags"]["dataset"]
                 pixels.append(report)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: no report of diagnostics.py on one model, or of pixels.py "

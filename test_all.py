@@ -1982,8 +1982,11 @@ def test_mlora_command():
     rows = {row["coordinate"]: row["knn10"] for row in result["experiments"]["clustering"]["rows"]}
     assert np.isclose(rows["phi - theta"], found["classify"]["mlora"]["10-NN"])
     for more, *words in ((["--rank", 3], "mlora.pt", "another"), (["--steps", 2], "--steps"), (["--rank", 0], "--rank"),
+                         (["--init", "separate", "--only", "connect", "--out", "no.pt"], "--only connect"),
                          (["--kinds", "glora"], "glora"), (["--test-size", 9, "--out", "few.pt"], "9 test images")):
         refused([*argv, *more], *words, main=mlora.main)
+    status, _, err = command([*LOW_RANK, "--rate-mlora", 1e30, "--out", "inf.pt"], mlora.main)
+    assert status == 1 and err.startswith("mlora.py: the fits of mlora are not finite") and err.count("\n") == 1
 
 
 # ---- dictionary.py ---------------------------------------------------------------------------------------------------
@@ -2294,9 +2297,9 @@ def space_report(method, seed, R, G, L, **more) -> dict:
     part = {"bias column": {"share": about(0.25)}}
     done |= {"same-reader": {"reader": R + 0.001 * seed, "tokens": 6, "features": 5, "psnr": 30 + seed},
              "content": {"mediation": [{"total": about(0.12), "parts": part}]}}
-    training = report["training"] | {"dataset": "data/set", "size": 16}
+    training = report["training"] | {"dataset": "data/set", "size": 16, "train_size": 100}
     return report | {"method": method, "data": "data/set", "test": 50, "evaluated_on": "test images",
-                     "training": training} | more
+                     "training": training, "unfinished": False} | more
 
 
 def test_four_spaces():
@@ -2330,25 +2333,40 @@ def test_four_spaces():
         refused(["pixels0.json"], "no report of diagnostics.py", main=spaces.main)
     assert {name: row["answer"] for name, row in rows.items()} == {
         "MWT": "routed", "HyperINR": "simply there", "mLoRA": "clustered", "cohort": "not comparable"}
-    assert rows["cohort"]["why_not"].startswith("16 pixels a side, 99 training images") and "99 training images" in out
+    assert rows["cohort"]["why_not"].startswith("data/set, 16 pixels a side, 99 training") and "99 training" in out
     assert short[0] == ["images", "stored as", "seeds", *spaces.SHORT.values(), "the class is"]
     assert [row[1] for row in short[2:]] == ["MWT", "HyperINR", "mLoRA", "cohort", "pixels"]
     assert short[2] == ["set", "MWT", "3", "30", "31.0 [28.5, 33.5]", "30.0", "40.0", "50.1 [49.9, 50.3]", "routed"]
-    assert short[-1] == ["set", "pixels", "", "", "", "30.0", "30.0", "45.0", ""]
+    assert short[-1] == ["set", "pixels", "", "", "", "30.0", "30.0", "45.0 (n = 2)", ""], short[-1]
     cells = rows["MWT"]["cells"]
     expected = {"numbers": 30, "psnr": 31, "R": 0.501, "own": 0.5, "G": 0.3, "L": 0.4, "R - G": 0.201, "R - L": 0.101,
-                "pixels R": 0.45, "pixels G": 0.3, "pixels L": 0.3, "late": 0.07, "bias column": 0.1, "columns": 0.03,
-                "components": 0.03, "colour": 0.12, "share": 0.25}
+                "L - G": 0.1, "pixels R": 0.45, "pixels G": 0.3, "pixels L": 0.3, "late": 0.07, "bias column": 0.1,
+                "columns": 0.03, "components": 0.03, "colour": 0.12, "share": 0.25}
     assert set(expected) == set(spaces.COLUMNS)
     assert all(np.isclose(cells[column][0], value) for column, value in expected.items()), cells
-    assert np.allclose(cells["R"], measures.t_interval([0.5, 0.501, 0.502])) and rows["MWT"]["seeds"] == [0, 1, 2]
+    assert np.allclose(cells["R"], [*measures.t_interval([0.5, 0.501, 0.502]), 3]) and rows["MWT"]["seeds"] == [0, 1, 2]
+    assert cells["pixels R"][3] == 2 and "(n = 2)" in out       # a figure of fewer seeds says so
     one = {row["space"]: row["answer"] for row in spaces.rows(reports[4:8], [])}
     assert one["MWT"] == "not decided by one seed"
-    unclear = spaces.rows([space_report("mwt", seed, 0.5, (0.45, 0.53, 0.49)[seed], 0.6) for seed in range(3)], [])
-    assert unclear[0]["answer"] == "not routed"
     wider = dict(reports[4]["training"], width=9)
-    two = spaces.rows([reports[4], space_report("mwt", 7, 0.5, 0.3, 0.4, training=wider)], [])
-    assert [row["why_not"] for row in two] == ["2 settings of this name"] * 2
+    for change, words in ((dict(training=wider), "2 settings of this name"), (dict(bank=9), "data/set, 16 pixels"),
+                          (dict(unfinished=True), "a run is not finished"), (dict(data="other/set"), "data/set, 16")):
+        found = spaces.rows([*reports[::4], space_report("mwt", 7, 0.5, 0.3, 0.4) | change], [])
+        assert words in found[0]["why_not"] and found[0]["answer"] == "not comparable", (change, found)
+
+
+def test_answers_of_the_table():
+    """A row's answer is another than the leads of R and L over G, and of R over L, say."""
+    for R, G, L, expected in (
+            (0.5, 0.3, 0.4, "routed"), (0.4, 0.3, 0.5, "simply there"), (0.4, 0.41, 0.5, "simply there"),
+            (0.4, 0.5, 0.51, "clustered"), (0.4, (0.2, 0.6, 0.4), 0.5, "not routed"),
+            (0.5, 0.3, (0.4, 0.5, 0.6), "not clustered"), ((0.3, 0.5, 0.7), 0.4, 0.4, "not decided here"),
+            (0.98, 0.9, 0.97, "simply there"), (0.99, 0.97, 0.97, "no verdict: ceiling"),
+            (0.08, 0.08, 0.08, "no verdict: floor"), (0.08, 0.2, 0.5, "simply there")):
+        R, G, L = (x if isinstance(x, tuple) else (x,) * 3 for x in (R, G, L))
+        found, = spaces.rows([space_report("mwt", seed, R[seed] - 0.001 * seed, G[seed], L[seed])
+                              for seed in range(3)], [])
+        assert found["answer"] == expected, (R, G, L, found["answer"])
 
 
 def test_recorded_table():
