@@ -150,7 +150,7 @@ def answer(row: dict) -> str:
     if row["why_not"]:
         return "not comparable"
     if not {"R - G", "R - L", "chance"} <= c.keys():
-        return "not measured"
+        return "R not measured"
     if c["G"][0] > claims.CEILING:
         return "no verdict: ceiling"                   # nothing is left for anything to add
     if max(c["R"][0], c["L"][0]) - c["chance"][0] < claims.FLOOR:
