@@ -47,13 +47,14 @@ KEPT = "mlora"                             # the kind that diagnostics.py is giv
 PARTS = ("reconstruct", "classify", "connect", "generate")
 BATCH, LR_BASE, LR_Z = 64, 2e-3, 3e-2      # the base: Adam, cosine decay to 0
 BLOCK = 256                                # images that are fitted at once
+MOST = [kind for kind in KINDS if kind != "mlp-asym"]      # what is fitted by default
 RATES, TRIED = (0.003, 0.01, 0.03, 0.1), 2000          # what --choose tries, on so many images
 RATE_FLAGS = ("rate_mlp", "rate_lora", "rate_mlora")
 EPSILON = 0.1                              # two fits of an image: relative noise on their starts
 LINKED, POINTS = 64, 11                    # images of that, and points on the line between the fits
 USUAL = dict(width=32, depth=3, head_dim=16, reader_depth=3, lr=3e-3, epochs=15, latent=32,
              lambda_z=1e-5, base_epochs=80, progressive=False, fraction=0.25, rank=4, fit_steps=100,
-             rate_mlp=0.01, rate_lora=0.03, rate_mlora=0.03, kinds=[KINDS[0], *KINDS[2:]],
+             rate_mlp=0.01, rate_lora=0.03, rate_mlora=0.03, kinds=MOST,
              init=["shared", "separate"], start=0, choose=False, diffusion_steps=400,
              only=[*PARTS], out="mlora.pt")
 DIGITS = dict(omega=4.0, latent=16, base_epochs=100, fraction=1.0, batch_size=32, lr=6e-3,
